@@ -1,1 +1,26 @@
-"""Step-3.5-Flash for MAX."""
+"""Step-3.5-Flash for MAX: the public classes, loaded on first use so that command-line tools start without the engine."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .model import Step3p5Inputs, Step3p5Model
+    from .model_config import Step3p5Config
+    from .pretrained_config import Step3p5PretrainedConfig
+
+__all__ = ["Step3p5Config", "Step3p5Inputs", "Step3p5Model", "Step3p5PretrainedConfig"]
+
+_MODULES = {
+    "Step3p5Config": "model_config",
+    "Step3p5Inputs": "model",
+    "Step3p5Model": "model",
+    "Step3p5PretrainedConfig": "pretrained_config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

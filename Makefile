@@ -1,0 +1,43 @@
+# `make demo` and `make test` each set up what they need; nothing has to be installed beforehand but Python >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_MODEL := .cache/tiny
+
+.PHONY: demo test lint format clean
+
+# pip 23.2, the one that Debian's Python 3.11 brings, cannot resolve modular's dependencies.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/test-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+$(DEMO_MODEL): | $(VENV)/installed
+	mkdir -p $(dir $@)
+	$(BIN)/python -m step3p5.random_checkpoint $@ --preset tiny
+
+demo: $(VENV)/installed $(DEMO_MODEL)
+	$(BIN)/max generate --model $(DEMO_MODEL) --custom-architectures pipelines_registry --devices cpu \
+		--max-length 512 --max-new-tokens 64 --prompt "Why is the sky blue?"
+
+lint: $(VENV)/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	.ci/check-mojo-format $(BIN)/mojo mojo_kernels/*.mojo
+
+format: $(VENV)/test-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mojo format --quiet mojo_kernels/*.mojo
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

@@ -1,0 +1,8 @@
+"""Custom ops of the mixture-of-experts layer: routing, grouping by expert, the experts, and a linear layer."""
+
+from .down import Step3p5MoeDown
+from .gate_up import Step3p5MoeGateUp
+from .group import Step3p5MoeGroup
+from .linear import Step3p5Linear
+from .rope import Rope, RopeTable
+from .route import Step3p5MoeRoute

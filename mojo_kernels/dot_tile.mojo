@@ -1,0 +1,134 @@
+"""The micro-kernel: dot products of a few token rows with a few weight rows, held in registers.
+
+Every (token, weight row) pair has one vector accumulator over the depth and one reduction tree, whatever the shape of the
+tile around it: a dot product has the same bits alone and in a full tile, so results depend neither on the batch nor on the
+number of threads.
+"""
+
+from std.math import fma
+from std.sys import CompilationTarget, simd_width_of
+from std.sys.intrinsics import PrefetchOptions, prefetch
+
+comptime LANES = simd_width_of[DType.float32]()
+"""Floats in a vector register."""
+
+comptime Lanes = SIMD[DType.float32, LANES]
+
+comptime TILE_HALF = 3
+"""Weight rows in each half of a tile; the halves may come from two tensors (gate and up)."""
+
+comptime TILE_ROWS = 2 * TILE_HALF
+"""Weight rows of a tile."""
+
+comptime TILE_TOKENS = 2 if CompilationTarget.has_avx2() and LANES == 8 else 4
+"""Token rows of a full tile: its accumulators, tokens and one weight fill 16 registers (AVX2) or 32 (AVX-512, NEON)."""
+
+comptime HalfSums = SIMD[DType.float32, 4]
+"""Sums of one token with one half of a tile; the last lane is padding."""
+
+comptime Floats = Pointer[Float32, MutUntrackedOrigin]
+comptime WeightRow[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
+
+comptime FETCH = PrefetchOptions().for_read().low_locality().to_data_cache()
+
+
+@always_inline
+def load_row[dtype: DType](row: WeightRow[dtype]) -> Lanes:
+    """The next `LANES` values of a row, as float32."""
+    return row.unsafe_load[width=LANES]().cast[DType.float32]()
+
+
+@always_inline
+def load_tail[dtype: DType](row: WeightRow[dtype], count: Int) -> Lanes:
+    """The last `count < LANES` values of a row, as float32, zeros behind them.
+    """
+    var values = Lanes(0)
+    for i in range(count):
+        values[i] = row[unsafe_offset=i].cast[DType.float32]()
+    return values
+
+
+struct DotTile[tokens: Int](Movable):
+    """Accumulators of `tokens` x `TILE_ROWS` dot products.
+
+    Parameters:
+        tokens: Number of token rows, at most `TILE_TOKENS`.
+    """
+
+    var sums: Array[Lanes, Self.tokens * TILE_ROWS]
+
+    @always_inline
+    def __init__(out self):
+        self.sums = Array[Lanes, Self.tokens * TILE_ROWS](fill=0)
+
+    @always_inline
+    def add[
+        dtype: DType, step: Int
+    ](
+        mut self,
+        x: Array[Floats, Self.tokens],
+        w: Array[WeightRow[dtype], TILE_ROWS],
+        depth: Int,
+        ahead: Floats,
+    ):
+        """Adds `depth` products to every accumulator.
+
+        Parameters:
+            dtype: Type of the weights, cast to float32 on load.
+            step: Distance of a weight row's successive vectors: `LANES` in the tensor, `TILE_ROWS * LANES` in a panel.
+
+        Args:
+            x: Every token row's first element.
+            w: Every weight row's first element.
+            depth: Number of elements of each row.
+            ahead: Memory that is needed next: one cache line of it is fetched for every vector of depth.
+        """
+        var vectors = depth // LANES
+        for c in range(vectors):
+            prefetch[FETCH](ahead.unsafe_offset(c * LANES))
+            var xs = Array[Lanes, Self.tokens](fill=0)
+            comptime for i in range(Self.tokens):
+                xs[i] = load_row(x[i].unsafe_offset(c * LANES))
+            comptime for j in range(TILE_ROWS):
+                var values = load_row(w[j].unsafe_offset(c * step))
+                comptime for i in range(Self.tokens):
+                    comptime a = i * TILE_ROWS + j
+                    self.sums[a] = fma(xs[i], values, self.sums[a])
+        var left = depth - vectors * LANES
+        if left > 0:
+            var xs = Array[Lanes, Self.tokens](fill=0)
+            comptime for i in range(Self.tokens):
+                xs[i] = load_tail(x[i].unsafe_offset(vectors * LANES), left)
+            comptime for j in range(TILE_ROWS):
+                var values = load_tail(w[j].unsafe_offset(vectors * step), left)
+                comptime for i in range(Self.tokens):
+                    comptime a = i * TILE_ROWS + j
+                    self.sums[a] = fma(xs[i], values, self.sums[a])
+
+    @always_inline
+    def reduced(self, token: Int) -> Tuple[HalfSums, HalfSums]:
+        """The sums of one token with both halves of the tile."""
+        var a = token * TILE_ROWS
+        ref s = self.sums
+        var sums = reduce_pairs(
+            s[a]
+            .join(s[a + 1])
+            .join(s[a + 2].join(Lanes(0)))
+            .join(s[a + 3].join(s[a + 4]).join(s[a + 5].join(Lanes(0))))
+        )
+        return sums.slice[4](), sums.slice[4, offset=4]()
+
+
+@always_inline
+def reduce_pairs[
+    width: Int
+](values: SIMD[DType.float32, width]) -> SIMD[DType.float32, 8]:
+    """Sums eight rows of lanes that lie behind one another, neighbour with neighbour, to eight numbers.
+    """
+    comptime if width == 8:
+        return rebind[SIMD[DType.float32, 8]](values)
+    else:
+        var even, odd = values.deinterleave()
+        return reduce_pairs(
+            rebind[SIMD[DType.float32, width // 2]](even + odd)
+        )

@@ -1,0 +1,172 @@
+"""The second half of the experts: the down product, weighted and summed over a token's experts."""
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+from std.math import ceildiv, fma
+from std.sys import size_of
+
+from .checks import expect_size
+from .dot_tile import Floats, HalfSums, TILE_HALF, TILE_ROWS, WeightRow
+from .gate_up import Ids
+from .grouped import GroupedProduct, Panel, multiply_group
+from .tasks import share, task_count
+
+
+@fieldwise_init
+struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
+    """A tile is six successive rows of `down`, six columns of `y`."""
+
+    comptime dtype = Self.weight_dtype
+
+    var y: Floats
+    var act: Floats
+    var down: WeightRow[Self.weight_dtype]
+    var rows: Ids
+    var weights: Floats
+    var top_k: Int
+    var hidden_size: Int
+    var intermediate_size: Int
+
+    @always_inline
+    def depth(self) -> Int:
+        return self.intermediate_size
+
+    @always_inline
+    def x_row(self, slot: Int) -> Floats:
+        return self.act.unsafe_offset(slot * self.intermediate_size)
+
+    @always_inline
+    def w_row(
+        self, expert: Int, tile: Int, row: Int
+    ) -> WeightRow[Self.dtype]:
+        var h = min(tile * TILE_ROWS + row, self.hidden_size - 1)
+        return self.down.unsafe_offset(
+            (expert * self.hidden_size + h) * self.intermediate_size
+        )
+
+    @always_inline
+    def store(self, slot: Int, tile: Int, low: HalfSums, high: HalfSums):
+        var assignment = Int(self.rows[unsafe_offset=slot])
+        var weight = HalfSums(self.weights[unsafe_offset=assignment])
+        var h = tile * TILE_ROWS
+        var to = self.y.unsafe_offset(
+            assignment // self.top_k * self.hidden_size + h
+        )
+        var left = self.hidden_size - h
+        for j in range(min(TILE_HALF, left)):
+            to[unsafe_offset=j] = fma(weight[j], low[j], to[unsafe_offset=j])
+        for j in range(min(TILE_HALF, left - TILE_HALF)):
+            var k = j + TILE_HALF
+            to[unsafe_offset=k] = fma(weight[j], high[j], to[unsafe_offset=k])
+
+
+def down_cpu[
+    dtype: DType
+](
+    product: Down[dtype],
+    offsets: Ids,
+    tokens: Int,
+    experts: Int,
+):
+    """Every task owns columns of `y` and adds the experts in order: the order of a sum depends on nothing else.
+    """
+    var hit = 0
+    for e in range(experts):
+        hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
+    var tiles = ceildiv(product.hidden_size, TILE_ROWS)
+    var bytes = (
+        hit
+        * product.hidden_size
+        * product.intermediate_size
+        * size_of[dtype]()
+    )
+    var tasks = task_count(tiles, bytes)
+
+    def task(index: Int) {imm}:
+        var panel = Panel(product.intermediate_size)
+        var first, last = share(tiles, index, tasks)
+        var column = first * TILE_ROWS
+        var columns = min(last * TILE_ROWS, product.hidden_size) - column
+        for t in range(tokens):
+            var y = product.y.unsafe_offset(t * product.hidden_size + column)
+            for h in range(columns):
+                y[unsafe_offset=h] = 0
+        for e in range(experts):
+            var begin = Int(offsets[unsafe_offset=e])
+            var end = Int(offsets[unsafe_offset=e + 1])
+            multiply_group(product, panel, e, (begin, end), (first, last))
+
+    sync_parallelize(task, tasks)
+
+
+@extensibility.register("step3p5_moe_down")
+struct Step3p5MoeDown:
+    """`y_t = sum_k weights[t, k] * (down_e act)`, summed in float32 in ascending order of the experts."""
+
+    @staticmethod
+    def execute[
+        dtype: DType, //, target: StaticString
+    ](
+        y: OutputTensor[dtype=DType.float32, rank=2, ...],
+        act: InputTensor[dtype=DType.float32, rank=2, ...],
+        down: InputTensor[dtype=dtype, rank=3, ...],
+        rows: InputTensor[dtype=DType.int32, rank=1, ...],
+        offsets: InputTensor[dtype=DType.int32, rank=1, ...],
+        weights: InputTensor[dtype=DType.float32, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Multiplies every assignment with its expert's down matrix and sums over a token's experts.
+
+        Parameters:
+            dtype: Type of the weights; products are accumulated in float32.
+            target: Kind of device.
+
+        Args:
+            y: Result `[T, H]`.
+            act: Activations `[T * K, M]`, in the order of `rows`.
+            down: Down matrices `[E, H, M]`.
+            rows: Assignments `t * K + k` grouped by expert `[T * K]`.
+            offsets: First assignment of every expert in `rows`, and the end `[E + 1]`.
+            weights: Weight of every assignment `[T, K]`.
+            ctx: The device.
+        """
+        comptime op = "step3p5_moe_down"
+        expect_size(op, "down[E, H, M] dim H", down.dim_size(1), y.dim_size(1))
+        expect_size(
+            op, "down[E, H, M] dim M", down.dim_size(2), act.dim_size(1)
+        )
+        expect_size(
+            op, "weights[T, K] dim T", weights.dim_size(0), y.dim_size(0)
+        )
+        expect_size(
+            op,
+            "rows[T*K]",
+            rows.dim_size(0),
+            weights.dim_size(0) * weights.dim_size(1),
+        )
+        expect_size(
+            op, "act[T*K, M] dim T*K", act.dim_size(0), rows.dim_size(0)
+        )
+        expect_size(
+            op, "offsets[E+1]", offsets.dim_size(0), down.dim_size(0) + 1
+        )
+        if y.dim_size(0) == 0 or y.dim_size(1) == 0:
+            return
+        comptime assert target == "cpu", "step3p5_moe_down: CPU only"
+        down_cpu(
+            Down[dtype](
+                y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                act.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                down.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                rows.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                weights.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                weights.dim_size(1),
+                y.dim_size(1),
+                act.dim_size(1),
+            ),
+            offsets.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            y.dim_size(0),
+            down.dim_size(0),
+        )

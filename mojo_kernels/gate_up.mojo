@@ -1,0 +1,181 @@
+"""The first half of the experts: `silu(gate x) * (up x)`."""
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+from std.math import ceildiv, exp
+from std.sys import size_of
+from std.utils.numerics import inf
+
+from .checks import expect_size
+from .dot_tile import Floats, HalfSums, TILE_HALF, TILE_ROWS, WeightRow
+from .grouped import GroupedProduct, Panel, multiply_group
+from .tasks import share, task_count
+
+comptime Ids = Pointer[Int32, MutUntrackedOrigin]
+
+
+@fieldwise_init
+struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
+    """A tile is three rows of `gate` and the same three of `up`."""
+
+    comptime dtype = Self.weight_dtype
+
+    var act: Floats
+    var x: Floats
+    var gate: WeightRow[Self.weight_dtype]
+    var up: WeightRow[Self.weight_dtype]
+    var rows: Ids
+    var top_k: Int
+    var hidden_size: Int
+    var intermediate_size: Int
+    var limit: Float32
+
+    @always_inline
+    def depth(self) -> Int:
+        return self.hidden_size
+
+    @always_inline
+    def x_row(self, slot: Int) -> Floats:
+        var token = Int(self.rows[unsafe_offset=slot]) // self.top_k
+        return self.x.unsafe_offset(token * self.hidden_size)
+
+    @always_inline
+    def w_row(
+        self, expert: Int, tile: Int, row: Int
+    ) -> WeightRow[Self.dtype]:
+        var m = min(
+            tile * TILE_HALF + row % TILE_HALF, self.intermediate_size - 1
+        )
+        var tensor = self.gate if row < TILE_HALF else self.up
+        return tensor.unsafe_offset(
+            (expert * self.intermediate_size + m) * self.hidden_size
+        )
+
+    @always_inline
+    def store(self, slot: Int, tile: Int, low: HalfSums, high: HalfSums):
+        var gated = low / (1 + exp(-low))
+        # Comparisons, not min and max, which would drop a NaN.
+        gated = gated.gt(self.limit).select(self.limit, gated)
+        var up = high.gt(self.limit).select(self.limit, high)
+        up = up.lt(-self.limit).select(-self.limit, up)
+        var act = gated * up
+        var m = tile * TILE_HALF
+        var to = self.act.unsafe_offset(slot * self.intermediate_size + m)
+        for j in range(min(TILE_HALF, self.intermediate_size - m)):
+            to[unsafe_offset=j] = act[j]
+
+
+def gate_up_cpu[
+    dtype: DType
+](
+    product: GateUp[dtype],
+    offsets: Ids,
+    experts: Int,
+):
+    """Cuts the tiles of all experts that have tokens into tasks of equal cost.
+    """
+    comptime tile_cost = 8  # in tokens: reading the weights of a tile
+    var tiles = ceildiv(product.intermediate_size, TILE_HALF)
+    var hit = 0
+    var cost = 0
+    for e in range(experts):
+        var tokens = Int(
+            offsets[unsafe_offset=e + 1] - offsets[unsafe_offset=e]
+        )
+        if tokens > 0:
+            hit += 1
+            cost += (tokens + tile_cost) * tiles
+    if cost == 0:
+        return
+    var bytes = (
+        hit * tiles * TILE_ROWS * product.hidden_size * size_of[dtype]()
+    )
+    var tasks = task_count(hit * tiles, bytes)
+
+    def task(index: Int) {imm}:
+        var panel = Panel(product.hidden_size)
+        var first, last = share(cost, index, tasks)
+        var at = 0
+        for e in range(experts):
+            var begin = Int(offsets[unsafe_offset=e])
+            var end = Int(offsets[unsafe_offset=e + 1])
+            if begin == end:
+                continue
+            var each = end - begin + tile_cost
+            # A tile belongs to the task in whose share its first unit of cost lies.
+            var low = min(max(ceildiv(first - at, each), 0), tiles)
+            var high = min(max(ceildiv(last - at, each), 0), tiles)
+            multiply_group(product, panel, e, (begin, end), (low, high))
+            at += each * tiles
+
+    sync_parallelize(task, tasks)
+
+
+@extensibility.register("step3p5_moe_gate_up")
+struct Step3p5MoeGateUp:
+    """`act[a] = silu(gate_e x_t) * (up_e x_t)` for every assignment of a token `t` to an expert `e`."""
+
+    @staticmethod
+    def execute[
+        dtype: DType, //, target: StaticString
+    ](
+        act: OutputTensor[dtype=DType.float32, rank=2, ...],
+        x: InputTensor[dtype=DType.float32, rank=2, ...],
+        gate: InputTensor[dtype=dtype, rank=3, ...],
+        up: InputTensor[dtype=dtype, rank=3, ...],
+        rows: InputTensor[dtype=DType.int32, rank=1, ...],
+        offsets: InputTensor[dtype=DType.int32, rank=1, ...],
+        limit: Float32,
+        ctx: DeviceContext,
+    ) raises:
+        """Multiplies every expert's tokens with its gate and up matrices.
+
+        Parameters:
+            dtype: Type of the weights; products are accumulated in float32.
+            target: Kind of device.
+
+        Args:
+            act: Result `[T * K, M]`, in the order of `rows`.
+            x: Tokens `[T, H]`.
+            gate: Gate matrices `[E, M, H]`.
+            up: Up matrices `[E, M, H]`.
+            rows: Assignments `t * K + k` grouped by expert `[T * K]`.
+            offsets: First assignment of every expert in `rows`, and the end `[E + 1]`.
+            limit: `L > 0`: `min(silu(gate x), L) * clamp(up x, -L, L)`; 0: no limit.
+            ctx: The device.
+        """
+        comptime op = "step3p5_moe_gate_up"
+        expect_size(op, "gate[E, M, H] dim H", gate.dim_size(2), x.dim_size(1))
+        expect_size(op, "up[E, M, H] dim E", up.dim_size(0), gate.dim_size(0))
+        expect_size(op, "up[E, M, H] dim M", up.dim_size(1), gate.dim_size(1))
+        expect_size(op, "up[E, M, H] dim H", up.dim_size(2), x.dim_size(1))
+        expect_size(op, "act[T*K, M] dim M", act.dim_size(1), gate.dim_size(1))
+        expect_size(
+            op, "act[T*K, M] dim T*K", act.dim_size(0), rows.dim_size(0)
+        )
+        expect_size(
+            op, "offsets[E+1]", offsets.dim_size(0), gate.dim_size(0) + 1
+        )
+        var tokens = x.dim_size(0)
+        if tokens == 0 or rows.dim_size(0) == 0 or gate.dim_size(1) == 0:
+            return
+        var top_k = rows.dim_size(0) // tokens
+        expect_size(op, "rows[T*K]", rows.dim_size(0), tokens * top_k)
+        comptime assert target == "cpu", "step3p5_moe_gate_up: CPU only"
+        gate_up_cpu(
+            GateUp[dtype](
+                act.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                gate.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                up.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                rows.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                top_k,
+                x.dim_size(1),
+                gate.dim_size(1),
+                limit if limit > 0 else inf[DType.float32](),
+            ),
+            offsets.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            gate.dim_size(0),
+        )

@@ -1,0 +1,216 @@
+"""The product of grouped token rows with their expert's weight rows, shared by every op that multiplies."""
+
+from std.math import ceildiv
+from std.memory.alloc import unsafe_alloc
+
+from .dot_tile import (
+    DotTile,
+    Floats,
+    HalfSums,
+    LANES,
+    TILE_ROWS,
+    TILE_TOKENS,
+    WeightRow,
+    load_row,
+    load_tail,
+)
+
+comptime PACK_MIN_TOKENS = 12
+"""From this many tokens on, a tile of weights is copied once to a contiguous float32 panel and read from there."""
+
+comptime BLOCK_BYTES = 512 * 1024
+"""Token rows that a core sweeps over for every tile of weights: about half of its second-level cache."""
+
+
+trait GroupedProduct:
+    """What to multiply, and where the sums go. A slot is a position in the list of (token, expert) assignments.
+    """
+
+    comptime dtype: DType
+    """Type of the weights."""
+
+    def depth(self) -> Int:
+        """Length of token rows and weight rows."""
+        ...
+
+    def x_row(self, slot: Int) -> Floats:
+        """The token row of a slot."""
+        ...
+
+    def w_row(
+        self, expert: Int, tile: Int, row: Int
+    ) -> WeightRow[Self.dtype]:
+        """Row `row < TILE_ROWS` of a tile of an expert's weights; past the end, any valid row.
+        """
+        ...
+
+    @always_inline
+    def tile_rows(
+        self, expert: Int, tile: Int
+    ) -> Array[WeightRow[Self.dtype], TILE_ROWS]:
+        """All rows of a tile of an expert's weights."""
+        var rows = Array[WeightRow[Self.dtype], TILE_ROWS](
+            fill=self.w_row(expert, tile, 0)
+        )
+        comptime for j in range(1, TILE_ROWS):
+            rows[j] = self.w_row(expert, tile, j)
+        return rows^
+
+    def store(self, slot: Int, tile: Int, low: HalfSums, high: HalfSums):
+        """Takes the sums of one slot with the two halves of a tile."""
+        ...
+
+
+struct Panel(Movable):
+    """A tile of weights as float32, its rows' vectors interleaved, tails padded with zeros.
+    """
+
+    var data: Floats
+
+    def __init__(out self, depth: Int):
+        self.data = unsafe_alloc[Float32](
+            max(ceildiv(depth, LANES), 1) * TILE_ROWS * LANES, alignment=64
+        )
+
+    def __deinit__(deinit self):
+        self.data.unsafe_free()
+
+    @always_inline
+    def pack[
+        dtype: DType
+    ](self, w: Array[WeightRow[dtype], TILE_ROWS], depth: Int):
+        """Fills the panel from the rows of a tile."""
+        var vectors = depth // LANES
+        for c in range(vectors):
+            comptime for j in range(TILE_ROWS):
+                self.data.unsafe_offset(
+                    (c * TILE_ROWS + j) * LANES
+                ).unsafe_store(load_row(w[j].unsafe_offset(c * LANES)))
+        var left = depth - vectors * LANES
+        if left > 0:
+            comptime for j in range(TILE_ROWS):
+                self.data.unsafe_offset(
+                    (vectors * TILE_ROWS + j) * LANES
+                ).unsafe_store(
+                    load_tail(w[j].unsafe_offset(vectors * LANES), left)
+                )
+
+    @always_inline
+    def rows(self) -> Array[Floats, TILE_ROWS]:
+        """First element of every row."""
+        var rows = Array[Floats, TILE_ROWS](fill=self.data)
+        comptime for j in range(TILE_ROWS):
+            rows[j] = self.data.unsafe_offset(j * LANES)
+        return rows^
+
+
+@always_inline
+def multiply_tile[
+    Product: GroupedProduct, dtype: DType, tokens: Int, step: Int
+](
+    product: Product,
+    slot: Int,
+    tile: Int,
+    w: Array[WeightRow[dtype], TILE_ROWS],
+    ahead: Floats,
+):
+    """Multiplies `tokens` slots from `slot` on with one tile of weights."""
+    var x = Array[Floats, tokens](fill=product.x_row(slot))
+    comptime for i in range(1, tokens):
+        x[i] = product.x_row(slot + i)
+    var dots = DotTile[tokens]()
+    dots.add[step=step](x, w, product.depth(), ahead)
+    comptime for i in range(tokens):
+        var low, high = dots.reduced(i)
+        product.store(slot + i, tile, low, high)
+
+
+@always_inline
+def multiply_rest[
+    Product: GroupedProduct, dtype: DType, step: Int
+](
+    product: Product,
+    begin: Int,
+    end: Int,
+    tile: Int,
+    w: Array[WeightRow[dtype], TILE_ROWS],
+):
+    """Multiplies fewer than `TILE_TOKENS` slots with one tile of weights."""
+    comptime for tokens in range(1, TILE_TOKENS):
+        if end - begin == tokens:
+            multiply_tile[tokens=tokens, step=step](
+                product, begin, tile, w, product.x_row(begin)
+            )
+
+
+def multiply_few[
+    Product: GroupedProduct
+](product: Product, expert: Int, begin: Int, end: Int, tile: Int):
+    """Multiplies a few slots with one tile of weights where it lies."""
+    var w = product.tile_rows(expert, tile)
+    var slot = begin
+    while end - slot >= TILE_TOKENS:
+        multiply_tile[tokens=TILE_TOKENS, step=LANES](
+            product, slot, tile, w, product.x_row(slot)
+        )
+        slot += TILE_TOKENS
+    multiply_rest[step=LANES](product, slot, end, tile, w)
+
+
+def multiply_many[
+    Product: GroupedProduct
+](
+    product: Product,
+    panel: Panel,
+    expert: Int,
+    begin: Int,
+    end: Int,
+    tile: Int,
+):
+    """Multiplies many slots with one tile of weights by way of the panel, and fetches the next tile meanwhile.
+    """
+    panel.pack(product.tile_rows(expert, tile), product.depth())
+    var next = product.tile_rows(expert, tile + 1)
+    var w = panel.rows()
+    var row = 0
+    var slot = begin
+    while end - slot >= TILE_TOKENS:
+        var ahead = product.x_row(slot)
+        if row < TILE_ROWS:
+            ahead = next[row].unsafe_bitcast[Float32]()
+            row += 1
+        multiply_tile[tokens=TILE_TOKENS, step=TILE_ROWS * LANES](
+            product, slot, tile, w, ahead
+        )
+        slot += TILE_TOKENS
+    multiply_rest[step=TILE_ROWS * LANES](product, slot, end, tile, w)
+
+
+def multiply_group[
+    Product: GroupedProduct
+](
+    product: Product,
+    panel: Panel,
+    expert: Int,
+    slots: Tuple[Int, Int],
+    tiles: Tuple[Int, Int],
+):
+    """Multiplies one expert's slots with a range of its tiles.
+
+    Args:
+        product: The operands.
+        panel: Scratch space of the calling task.
+        expert: Index of the expert.
+        slots: First and last + 1 of the expert's slots.
+        tiles: First and last + 1 of the tiles.
+    """
+    var row_bytes = 4 * max(product.depth(), 1)
+    var block = max(BLOCK_BYTES // row_bytes, PACK_MIN_TOKENS)
+    block -= block % TILE_TOKENS
+    for begin in range(slots[0], slots[1], block):
+        var end = min(begin + block, slots[1])
+        for tile in range(tiles[0], tiles[1]):
+            if end - begin < PACK_MIN_TOKENS:
+                multiply_few(product, expert, begin, end, tile)
+            else:
+                multiply_many(product, panel, expert, begin, end, tile)

@@ -1,0 +1,117 @@
+"""A linear layer without bias, on the same micro-kernel as the experts."""
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+from std.math import ceildiv
+from std.sys import size_of
+
+from .checks import expect_size
+from .dot_tile import Floats, HalfSums, TILE_HALF, TILE_ROWS, WeightRow
+from .grouped import GroupedProduct, Panel, multiply_group
+from .tasks import share, task_count
+
+
+@fieldwise_init
+struct Linear[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
+    """One expert that has every token; a tile is six successive rows of `w`."""
+
+    comptime dtype = Self.weight_dtype
+
+    var y: Floats
+    var x: Floats
+    var w: WeightRow[Self.weight_dtype]
+    var in_features: Int
+    var out_features: Int
+
+    @always_inline
+    def depth(self) -> Int:
+        return self.in_features
+
+    @always_inline
+    def x_row(self, slot: Int) -> Floats:
+        return self.x.unsafe_offset(slot * self.in_features)
+
+    @always_inline
+    def w_row(
+        self, expert: Int, tile: Int, row: Int
+    ) -> WeightRow[Self.dtype]:
+        var n = min(tile * TILE_ROWS + row, self.out_features - 1)
+        return self.w.unsafe_offset(n * self.in_features)
+
+    @always_inline
+    def store(self, slot: Int, tile: Int, low: HalfSums, high: HalfSums):
+        var n = tile * TILE_ROWS
+        var to = self.y.unsafe_offset(slot * self.out_features + n)
+        var left = self.out_features - n
+        for j in range(min(TILE_HALF, left)):
+            to[unsafe_offset=j] = low[j]
+        for j in range(min(TILE_HALF, left - TILE_HALF)):
+            to[unsafe_offset=j + TILE_HALF] = high[j]
+
+
+def linear_cpu[
+    dtype: DType
+](product: Linear[dtype], tokens: Int):
+    """Every task owns columns of `y`."""
+    var tiles = ceildiv(product.out_features, TILE_ROWS)
+    var bytes = (
+        product.out_features * product.in_features * size_of[dtype]()
+    )
+    var tasks = task_count(tiles, bytes)
+
+    def task(index: Int) {imm}:
+        multiply_group(
+            product,
+            Panel(product.in_features),
+            0,
+            (0, tokens),
+            share(tiles, index, tasks),
+        )
+
+    sync_parallelize(task, tasks)
+
+
+@extensibility.register("step3p5_linear")
+struct Step3p5Linear:
+    """`y = x w^T`."""
+
+    @staticmethod
+    def execute[
+        dtype: DType, //, target: StaticString
+    ](
+        y: OutputTensor[dtype=DType.float32, rank=2, ...],
+        x: InputTensor[dtype=DType.float32, rank=2, ...],
+        w: InputTensor[dtype=dtype, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Multiplies tokens with a matrix.
+
+        Parameters:
+            dtype: Type of the weights; products are accumulated in float32.
+            target: Kind of device.
+
+        Args:
+            y: Result `[T, N]`.
+            x: Tokens `[T, K]`.
+            w: Weights `[N, K]`.
+            ctx: The device.
+        """
+        comptime op = "step3p5_linear"
+        expect_size(op, "w[N, K] dim K", w.dim_size(1), x.dim_size(1))
+        expect_size(op, "y[T, N] dim N", y.dim_size(1), w.dim_size(0))
+        expect_size(op, "y[T, N] dim T", y.dim_size(0), x.dim_size(0))
+        if y.dim_size(0) == 0 or y.dim_size(1) == 0:
+            return
+        comptime assert target == "cpu", "step3p5_linear: CPU only"
+        linear_cpu(
+            Linear[dtype](
+                y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                x.dim_size(1),
+                w.dim_size(0),
+            ),
+            x.dim_size(0),
+        )

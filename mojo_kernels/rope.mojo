@@ -1,0 +1,105 @@
+"""Rotary embedding on the leading `rotary_dim` columns of every head, rotate-half pairing: dim `i` with `i + rotary_dim / 2`.
+
+Angles are counted in turns, as 64-bit fixed-point fractions: `position * frequency` modulo one turn is then one wrapping
+integer multiplication, exact for any position, with no table over the context length and no large-argument sine.
+"""
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+from std.math import cos, sin
+
+comptime TWO_PI = Float64(6.283185307179586476925286766559)
+comptime TURN = Float64(18446744073709551616.0)
+"""One turn in the fixed-point unit: 2^64."""
+
+
+@extensibility.register("step3p5_rope_table")
+struct RopeTable:
+    """`table[t] = [cos(angle_0) … cos(angle_{R/2-1}), sin(angle_0) …]`, `angle_i = position(t) * frequency_i`.
+    """
+
+    @staticmethod
+    def execute[
+        target: StaticString
+    ](
+        table: OutputTensor[dtype=DType.float32, rank=2, ...],
+        row_offsets: InputTensor[dtype=DType.uint32, rank=1, ...],
+        cache_lengths: InputTensor[dtype=DType.uint32, rank=1, ...],
+        turns: InputTensor[dtype=DType.uint64, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        comptime assert (
+            target == "cpu"
+        ), "step3p5_rope_table has a CPU body only"
+        var half = turns.dim_size(0)
+        if table.dim_size(1) != 2 * half:
+            raise Error(
+                "step3p5_rope_table: the table has ",
+                table.dim_size(1),
+                " columns, expected 2 x ",
+                half,
+            )
+        for request in range(cache_lengths.dim_size(0)):
+            var first = Int(row_offsets[request])
+            var position = UInt64(cache_lengths[request])
+            for t in range(first, Int(row_offsets[request + 1])):
+                for i in range(half):
+                    # Signed, so that the angle lies in [-pi, pi).
+                    var turn = Int64(turns[i] * position)
+                    var angle = turn.cast[DType.float64]() * (TWO_PI / TURN)
+                    table[t, i] = cos(angle).cast[DType.float32]()
+                    table[t, half + i] = sin(angle).cast[DType.float32]()
+                position += 1
+
+
+@extensibility.register("step3p5_rope")
+struct Rope:
+    """`y[t, h] = rotate(x[t, h])` by row `t` of the table; columns from `rotary_dim` on are copied.
+    """
+
+    @staticmethod
+    def execute[
+        dtype: DType, //, target: StaticString
+    ](
+        y: OutputTensor[dtype=dtype, rank=3, ...],
+        x: InputTensor[dtype=dtype, rank=3, ...],
+        table: InputTensor[dtype=DType.float32, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        comptime assert target == "cpu", "step3p5_rope has a CPU body only"
+        var heads = x.dim_size(1)
+        var head_dim = x.dim_size(2)
+        var half = table.dim_size(1) // 2
+        if 2 * half > head_dim:
+            raise Error(
+                "step3p5_rope: ",
+                2 * half,
+                " rotated columns in heads of ",
+                head_dim,
+            )
+
+        def rotate_token(t: Int) {imm}:
+            var cosines = table.unsafe_ptr().unsafe_offset(t * 2 * half)
+            var sines = cosines.unsafe_offset(half)
+            for h in range(heads):
+                var source = x.unsafe_ptr().unsafe_offset(
+                    (t * heads + h) * head_dim
+                )
+                var result = y.unsafe_ptr().unsafe_offset(
+                    (t * heads + h) * head_dim
+                )
+                for i in range(half):
+                    var a = source[unsafe_offset=i].cast[DType.float32]()
+                    var b = source[unsafe_offset=half + i].cast[DType.float32]()
+                    var c = cosines[unsafe_offset=i]
+                    var s = sines[unsafe_offset=i]
+                    result[unsafe_offset=i] = (a * c - b * s).cast[dtype]()
+                    result[unsafe_offset=half + i] = (b * c + a * s).cast[
+                        dtype
+                    ]()
+                for i in range(2 * half, head_dim):
+                    result[unsafe_offset=i] = source[unsafe_offset=i]
+
+        sync_parallelize(rotate_token, x.dim_size(0))

@@ -1,0 +1,22 @@
+"""How work is cut into tasks for the worker threads."""
+
+from max.runtime.asyncrt import parallelism_level
+
+comptime TASKS_PER_WORKER = 4
+"""More tasks than workers even out what other programs take from one of them."""
+
+comptime TASK_BYTES = 64 * 1024
+"""Fewer bytes of operands than this are not worth a task."""
+
+
+def task_count(pieces: Int, bytes: Int) -> Int:
+    """Number of tasks for work of `pieces` indivisible pieces over `bytes` of operands.
+    """
+    var tasks = parallelism_level(None) * TASKS_PER_WORKER
+    return max(min(tasks, pieces, bytes // TASK_BYTES), 1)
+
+
+@always_inline
+def share(total: Int, task: Int, tasks: Int) -> Tuple[Int, Int]:
+    """First and last + 1 of the items of one task, `total` items in all."""
+    return total * task // tasks, total * (task + 1) // tasks

@@ -1,0 +1,32 @@
+"""Registers the architecture with MAX, in place of the built-in one of the same name."""
+
+from __future__ import annotations
+
+from max.graph.weights import WeightsFormat
+from max.pipelines.context import TextContext
+from max.pipelines.kv_cache.memory_planner import PagedMemoryPlanner
+from max.pipelines.lib import SupportedArchitecture, TextTokenizer
+from max.pipelines.modeling.types import PipelineTask
+
+from .batch_processor import Step3p5BatchProcessor
+from .model import Step3p5Model
+from .model_config import Step3p5Config
+from .weight_adapters import convert_safetensor_state_dict
+
+step3p5_arch = SupportedArchitecture(
+    name="Step3p5ForCausalLM",
+    example_repo_ids=["stepfun-ai/Step-3.5-Flash"],
+    default_encoding=Step3p5Config.DEFAULT_ENCODING,
+    supported_encodings=Step3p5Config.SUPPORTED_ENCODINGS,
+    pipeline_model=Step3p5Model,
+    task=PipelineTask.TEXT_GENERATION,
+    tokenizer=TextTokenizer,
+    context_type=TextContext,
+    default_weights_format=WeightsFormat.safetensors,
+    weight_adapters={WeightsFormat.safetensors: convert_safetensor_state_dict},
+    config=Step3p5Config,
+    batching=Step3p5BatchProcessor,
+    memory_planner=PagedMemoryPlanner,
+)
+
+ARCHITECTURES = [step3p5_arch]

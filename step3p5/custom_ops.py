@@ -1,0 +1,46 @@
+"""Where the Mojo kernels are, and how a graph comes to call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from max.dtype import DType
+from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
+
+_PACKAGE = Path(__file__).resolve().parent
+_PLACES = (_PACKAGE / "mojo_kernels", _PACKAGE.parent / "mojo_kernels")
+"""In an installation the kernels lie inside this package, in a checkout beside it."""
+
+
+@cache
+def kernels_path() -> Path:
+    """The folder of the Mojo package `mojo_kernels`.
+
+    Raises:
+        FileNotFoundError: If the package was installed without its kernels.
+    """
+    for place in _PLACES:
+        if (place / "__init__.mojo").is_file():
+            return place
+    raise FileNotFoundError(
+        f"mojo_kernels: found no __init__.mojo in {' or '.join(map(str, _PLACES))}; reinstall the package"
+    )
+
+
+def custom_op(
+    name: str,
+    device: DeviceRef,
+    values: Sequence[TensorValue],
+    out_types: Sequence[TensorType],
+    parameters: Mapping[str, bool | int | str | DType] | None = None,
+) -> list[TensorValue]:
+    """Adds a call of one of this project's kernels to the current graph.
+
+    The kernels come with the call, because a subgraph does not see the libraries of the graph that holds it.
+    """
+    if kernels_path() not in Graph.current.kernel_libraries_paths:
+        Graph.current._import_kernels([kernels_path()])
+    results = ops.custom(name, device, list(values), list(out_types), parameters=dict(parameters or {}) or None)
+    return [result.tensor for result in results]

@@ -1,0 +1,96 @@
+"""Grouped-query attention of one layer: QK norm, partial RoPE, causal or sliding softmax, head-wise sigmoid gate."""
+
+from __future__ import annotations
+
+from max.dtype import DType
+from max.graph import DeviceRef, TensorValue, ops
+from max.nn.attention import MHAMaskVariant
+from max.nn.kernels import flash_attention_ragged, store_k_cache_ragged, store_v_cache_ragged
+from max.nn.kv_cache import KVCacheParams, PagedCacheValues
+from max.nn.layer import Module
+
+from ..layer_config import AttentionConfig, ModelConfig
+from .linear import Linear
+from .norm import RMSNorm
+from .rope import apply_rope
+
+
+class Attention(Module):
+    """`o_proj( softmax(q kᵀ / √head_dim) v * sigmoid(x Wg) )` over the paged cache of the layer's own kind.
+
+    Args:
+        config: The layer's heads, window, rotary embedding and switches.
+        model: Hidden size and norm constants.
+        kv_params: The cache that holds this kind of layer.
+        dtype: Storage type of the weights.
+        device: Where the layer runs.
+    """
+
+    def __init__(
+        self, config: AttentionConfig, model: ModelConfig, kv_params: KVCacheParams, dtype: DType, device: DeviceRef
+    ) -> None:
+        super().__init__()
+        hidden_size, head_dim = model.hidden_size, config.head_dim
+        query_size = config.num_attention_heads * head_dim
+        key_size = config.num_key_value_heads * head_dim
+        self.config = config
+        self.kv_params = kv_params
+        self.q_proj = Linear(hidden_size, query_size, dtype, device)
+        self.k_proj = Linear(hidden_size, key_size, dtype, device)
+        self.v_proj = Linear(hidden_size, key_size, dtype, device)
+        self.o_proj = Linear(query_size, hidden_size, dtype, device)
+        if config.head_wise_gate:
+            self.g_proj = Linear(hidden_size, config.num_attention_heads, dtype, device)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, model, dtype)
+            self.k_norm = RMSNorm(head_dim, model, dtype)
+        self.mask = (
+            MHAMaskVariant.CAUSAL_MASK if config.sliding_window is None else MHAMaskVariant.SLIDING_WINDOW_CAUSAL_MASK
+        )
+
+    def __call__(
+        self,
+        x: TensorValue,
+        cache_layer: TensorValue,
+        kv_collection: PagedCacheValues,
+        rope_table: TensorValue | None,
+        input_row_offsets: TensorValue,
+    ) -> TensorValue:
+        """Attends within each request of a ragged batch.
+
+        Args:
+            x: Normed hidden states, `[total_seq_len, hidden_size]`.
+            cache_layer: This layer's index within its own cache, a uint32 scalar on the host.
+            kv_collection: The paged cache; the new keys and values are written into it.
+            rope_table: See `rope.rope_table`; `None` where the layer does not rotate.
+            input_row_offsets: `[batch + 1]` uint32.
+
+        Returns:
+            `[total_seq_len, hidden_size]`.
+        """
+        config = self.config
+        q = self._heads(self.q_proj(x), config.num_attention_heads)
+        k = self._heads(self.k_proj(x), config.num_key_value_heads)
+        v = self._heads(self.v_proj(x), config.num_key_value_heads)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope_table is not None:
+            q, k = apply_rope(q, rope_table), apply_rope(k, rope_table)
+        store_k_cache_ragged(kv_collection, k, input_row_offsets, cache_layer)
+        store_v_cache_ragged(kv_collection, v, input_row_offsets, cache_layer)
+        out = flash_attention_ragged(
+            self.kv_params,
+            q,
+            input_row_offsets,
+            kv_collection,
+            cache_layer,
+            self.mask,
+            scale=config.head_dim**-0.5,
+            local_window_size=config.sliding_window or -1,
+        )
+        if config.head_wise_gate:
+            out = out * ops.unsqueeze(ops.sigmoid(self.g_proj(x)), -1)
+        return self.o_proj(ops.reshape(out, (x.shape[0], config.num_attention_heads * config.head_dim)))
+
+    def _heads(self, projected: TensorValue, heads: int) -> TensorValue:
+        return ops.reshape(projected, (projected.shape[0], heads, self.config.head_dim))

@@ -1,0 +1,52 @@
+"""One decoder layer: pre-norm attention and pre-norm MLP or MoE, each on a residual."""
+
+from __future__ import annotations
+
+from max.dtype import DType
+from max.graph import DeviceRef, TensorValue
+from max.nn.kv_cache import KVCacheParams, PagedCacheValues
+from max.nn.layer import Module
+
+from ..layer_config import LayerConfig, ModelConfig, MoEConfig
+from .attention import Attention
+from .mlp import MLP
+from .moe import MoE
+from .norm import RMSNorm
+
+
+class DecoderLayer(Module):
+    """`h += attention(norm(h))`, then `h += mlp(norm(h))` or `h += experts(norm(h)) + shared_expert(norm(h))`.
+
+    Sub-module names are the checkpoint's, so that its tensors load by name.
+    """
+
+    def __init__(
+        self, config: LayerConfig, model: ModelConfig, kv_params: KVCacheParams, dtype: DType, device: DeviceRef
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.input_layernorm = RMSNorm(model.hidden_size, model, dtype)
+        self.self_attn = Attention(config.attention, model, kv_params, dtype, device)
+        self.post_attention_layernorm = RMSNorm(model.hidden_size, model, dtype)
+        if isinstance(config.mlp, MoEConfig):
+            self.moe = MoE(config.mlp, model.hidden_size, dtype, device)
+            self.share_expert = MLP(config.mlp.shared_expert, model.hidden_size, dtype, device)
+        else:
+            self.mlp = MLP(config.mlp, model.hidden_size, dtype, device)
+
+    def __call__(
+        self,
+        h: TensorValue,
+        cache_layer: TensorValue,
+        kv_collection: PagedCacheValues,
+        input_row_offsets: TensorValue,
+        rope_table: TensorValue | None = None,
+    ) -> TensorValue:
+        """`h [total_seq_len, hidden_size]` to the same shape; see `Attention` for the other arguments."""
+        h = h + self.self_attn(self.input_layernorm(h), cache_layer, kv_collection, rope_table, input_row_offsets)
+        return h + self._feed_forward(self.post_attention_layernorm(h))
+
+    def _feed_forward(self, x: TensorValue) -> TensorValue:
+        if isinstance(self.config.mlp, MoEConfig):
+            return self.moe(x) + self.share_expert(x)
+        return self.mlp(x)

@@ -1,0 +1,73 @@
+"""Routed experts: sigmoid router with a selection bias, experts over tokens grouped by expert, float32 combine."""
+
+from __future__ import annotations
+
+from max.dtype import DType
+from max.graph import DeviceRef, TensorValue, Weight, ops
+from max.nn.layer import Module
+
+from .. import moe_ops
+from ..layer_config import MoEConfig
+from .linear import Linear
+
+
+class ExpertWeights(Module):
+    """One projection of all experts, stacked as in the checkpoint: `[num_experts, out_features, in_features]`."""
+
+    def __init__(
+        self, num_experts: int, in_features: int, out_features: int, dtype: DType, device: DeviceRef
+    ) -> None:
+        super().__init__()
+        self.weight = Weight("weight", dtype, [num_experts, out_features, in_features], device)
+
+    def __call__(self) -> TensorValue:
+        return self.weight
+
+
+class MoE(Module):
+    """`y = Σ_e w_e · expert_e(x)` over each token's `top_k` experts, without the shared expert.
+
+    Args:
+        config: Experts, widths, limits and router constants.
+        hidden_size: Size of the last axis of `x` and of the result.
+        dtype: Storage type of the experts' and the gate's weights.
+        device: Where the layer runs.
+    """
+
+    def __init__(self, config: MoEConfig, hidden_size: int, dtype: DType, device: DeviceRef) -> None:
+        super().__init__()
+        experts, width = config.num_experts, config.intermediate_size
+        self.config = config
+        self.gate = Linear(hidden_size, experts, dtype, device)
+        if config.router_bias:
+            self.router_bias = Weight("router_bias", DType.float32, [experts], device)
+        self.gate_proj = ExpertWeights(experts, hidden_size, width, dtype, device)
+        self.up_proj = ExpertWeights(experts, hidden_size, width, dtype, device)
+        self.down_proj = ExpertWeights(experts, width, hidden_size, dtype, device)
+
+    def __call__(self, x: TensorValue) -> TensorValue:
+        """`[tokens, hidden_size]` to `[tokens, hidden_size]`, accumulated in float32."""
+        config = self.config
+        logits = self._router_logits(x)
+        bias = (
+            self.router_bias
+            if config.router_bias
+            else ops.broadcast_to(ops.constant(0.0, DType.float32, device=x.device), (config.num_experts,))
+        )
+        ids, weights = moe_ops.route(
+            logits,
+            bias,
+            top_k=config.top_k,
+            normalize=config.normalize_weights,
+            scale=config.router_scaling_factor,
+        )
+        rows, offsets = moe_ops.group(ids, num_experts=config.num_experts)
+        hidden = moe_ops.gate_up(
+            x, self.gate_proj(), self.up_proj(), rows, offsets, limit=config.swiglu_limit
+        )
+        return moe_ops.down(hidden, self.down_proj(), rows, offsets, weights)
+
+    def _router_logits(self, x: TensorValue) -> TensorValue:
+        if self.config.fp32_gate:
+            return ops.cast(x, DType.float32) @ ops.cast(self.gate.weight, DType.float32).T
+        return ops.cast(self.gate(x), DType.float32)

@@ -1,0 +1,167 @@
+"""The pipeline model: loads the checkpoint, compiles the graph and runs it step by step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+from max import tree
+from max.driver import Buffer, Device
+from max.engine import InferenceSession, Model
+from max.graph.weights import Weights, WeightsAdapter
+from max.nn.kv_cache import KVCacheInputs
+from max.nn.transformer import ReturnHiddenStates, ReturnLogits
+from max.pipelines.architectures.llama3.model import Llama3Inputs, LlamaModelBase
+from max.pipelines.context import TextContext
+from max.pipelines.lib import KVCacheConfig, PipelineConfig
+from max.pipelines.lib.graph_specs import GraphRole, GraphSpec
+from max.pipelines.lib.interfaces.pipeline_model import AlwaysSignalBuffersMixin
+from max.pipelines.lib.memory_estimation import MemoryPlan
+from typing_extensions import override
+
+from .batch_processor import Step3p5BatchProcessor
+from .model_config import Step3p5Config
+from .step3p5 import Step3p5
+
+logger = logging.getLogger("max.pipelines")
+
+
+@dataclass
+class Step3p5Inputs(Llama3Inputs):
+    """Inputs of one step.
+
+    One device takes the tokens, row offsets and cache; tensor parallelism adds the signal buffers, data parallelism
+    the host's row offsets and the splits, expert parallelism its communication buffers.
+    """
+
+    host_input_row_offsets: Buffer | None = None
+    """The row offsets on the host, `[batch + 1]` uint32; data parallelism only."""
+
+    ep_inputs: tuple[Buffer, ...] = ()
+    """Expert-parallel communication buffers; empty without expert parallelism."""
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """The graph's inputs, in its order."""
+        data_parallel: tuple[Buffer, ...] = ()
+        if self.host_input_row_offsets is not None and isinstance(self.data_parallel_splits, Buffer):
+            data_parallel = (self.host_input_row_offsets, self.data_parallel_splits)
+        return (
+            self.tokens,
+            self.input_row_offsets,
+            self.return_n_logits,
+            *data_parallel,
+            *self.signal_buffers,
+            *(tree.leaves(self.kv_cache_inputs) if self.kv_cache_inputs is not None else ()),
+            *self.ep_inputs,
+        )
+
+
+class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
+    """Step-3.5-Flash pipeline model."""
+
+    model_config_cls: ClassVar[type[Any]] = Step3p5Config
+    """The class of this model's configuration."""
+
+    batch_processor_cls = Step3p5BatchProcessor  # type: ignore[assignment]  # a sibling of Llama's, not a subclass
+
+    model: Model
+    """Compiled and initialized model ready for inference."""
+
+    norm_method: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    """Normalization layer."""
+
+    attention_bias: bool = False
+    """Whether to use attention bias."""
+
+    state_dict: dict[str, Any]
+    """Weights to load into the model."""
+
+    def __init__(
+        self,
+        pipeline_config: PipelineConfig,
+        session: InferenceSession,
+        devices: list[Device],
+        kv_cache_config: KVCacheConfig,
+        weights: Weights,
+        adapter: WeightsAdapter | None = None,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+        *,
+        memory_plan: MemoryPlan,
+        max_batch_size: int = 1,
+    ) -> None:
+        super().__init__(
+            pipeline_config,
+            session,
+            devices,
+            kv_cache_config,
+            weights,
+            adapter=adapter,
+            return_logits=return_logits,
+            return_hidden_states=return_hidden_states,
+            memory_plan=memory_plan,
+            max_batch_size=max_batch_size,
+        )
+
+    @cached_property
+    @override
+    def signal_buffers(self) -> list[Buffer]:
+        """Device buffers that collectives synchronise through; none on one device, which has no collective."""
+        if len(self.devices) == 1:
+            return []
+        return AlwaysSignalBuffersMixin.signal_buffers.func(self)
+
+    @override
+    def load_model(self, session: InferenceSession) -> Model:
+        """Reads the weights, compiles the graph and binds them.
+
+        Args:
+            session: Compiles and initializes the graph.
+
+        Returns:
+            The model, ready to execute.
+
+        Raises:
+            ConfigError: If the checkpoint's tensors are not those of its configuration.
+        """
+        return self.load_graphs(session)[GraphRole.DECODER]
+
+    @override
+    def prepare_initial_token_inputs(
+        self,
+        replica_batches: Sequence[Sequence[TextContext]],
+        kv_cache_inputs: KVCacheInputs[Buffer, Buffer] | None = None,
+        return_n_logits: int = 1,
+    ) -> Step3p5Inputs:
+        """Prepares the inputs of a step; see `Step3p5BatchProcessor.prepare_initial_token_inputs`."""
+        inputs = super().prepare_initial_token_inputs(replica_batches, kv_cache_inputs, return_n_logits)
+        assert isinstance(inputs, Step3p5Inputs)
+        return inputs
+
+    @override
+    def _create_model_config(self, state_dict: dict[str, Any]) -> Step3p5Config:
+        config = self.arch_config_as(Step3p5Config)
+        config.set_outputs(self.return_logits, self.return_hidden_states)
+        return config
+
+    @override
+    def graph_specs(self, model_config: Any) -> dict[str, GraphSpec]:
+        """The decoder's graph, with its weights."""
+        assert isinstance(model_config, Step3p5Config)
+        module = Step3p5(model_config)
+        # Safetensors promises no alignment beyond the header's.
+        module.load_state_dict(self.state_dict, weight_alignment=1, strict=True)
+        return {
+            GraphRole.DECODER: GraphSpec(
+                module,
+                "step3p5",
+                self._bind_graph_inputs(module.input_tree()),
+                weights=module.state_dict(),
+            )
+        }
+
+

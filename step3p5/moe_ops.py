@@ -1,0 +1,129 @@
+"""The Mojo ops of the mixture-of-experts layer as graph functions.
+
+Names of dimensions: `T` tokens, `E` experts, `K` experts a token, `H` hidden
+size, `M` an expert's intermediate size. An assignment `a = t * K + k` is the `k`-th choice of token `t`.
+"""
+
+from __future__ import annotations
+
+from max.dtype import DType
+from max.graph import DeviceRef, Dim, DimLike, TensorType, TensorValue, ops
+
+from .custom_ops import custom_op, kernels_path
+
+__all__ = ["down", "gate_up", "group", "kernels_path", "linear", "route"]
+
+def route(
+    logits: TensorValue, bias: TensorValue, *, top_k: DimLike, normalize: bool, scale: float
+) -> tuple[TensorValue, TensorValue]:
+    """Chooses the `K` experts with the largest `sigmoid(logits) + bias` for every token.
+
+    Args:
+        logits: Router logits `[T, E]`, float32.
+        bias: Router bias `[E]`, float32; decides the choice, not the weights.
+        top_k: `K`, at most `E`.
+        normalize: Divides a token's weights by their sum + 1e-20.
+        scale: Multiplies the weights last.
+
+    Returns:
+        Experts `[T, K]`, int32, in descending order of their score (the lower index first among equals), and their weights
+        `[T, K]`, float32: `sigmoid(logits)`, normalised and scaled. A token with a NaN gets valid experts.
+    """
+    shape = (logits.shape[0], top_k)
+    ids, weights = custom_op(
+        "step3p5_moe_route",
+        logits.device,
+        [logits, bias, _scalar(scale)],
+        [TensorType(DType.int32, shape, logits.device), TensorType(DType.float32, shape, logits.device)],
+        parameters={"normalize": normalize},
+    )
+    return ids, weights
+
+
+def group(ids: TensorValue, *, num_experts: DimLike) -> tuple[TensorValue, TensorValue]:
+    """Groups the assignments by expert, in ascending order within each.
+
+    Args:
+        ids: Experts of every token `[T, K]`, int32.
+        num_experts: `E`.
+
+    Returns:
+        The assignments `[T * K]`, int32, and every expert's first place among them with the end behind `[E + 1]`, int32.
+    """
+    rows, offsets = custom_op(
+        "step3p5_moe_group",
+        ids.device,
+        [ids],
+        [
+            TensorType(DType.int32, (ids.shape[0] * ids.shape[1],), ids.device),
+            TensorType(DType.int32, (Dim(num_experts) + 1,), ids.device),
+        ],
+    )
+    return rows, offsets
+
+
+def gate_up(
+    x: TensorValue,
+    gate: TensorValue,
+    up: TensorValue,
+    rows: TensorValue,
+    offsets: TensorValue,
+    *,
+    limit: float | None,
+) -> TensorValue:
+    """`silu(gate x) * (up x)` of every assignment, or `min(silu(gate x), L) * clamp(up x, -L, L)` with a limit.
+
+    Args:
+        x: Tokens `[T, H]`, float32.
+        gate: Gate matrices `[E, M, H]`, float32 or bfloat16.
+        up: Up matrices `[E, M, H]`, as `gate`.
+        rows: From `group`, `[T * K]`.
+        offsets: From `group`, `[E + 1]`.
+        limit: `L`, or `None`.
+
+    Returns:
+        Activations `[T * K, M]`, float32, in the order of `rows`.
+    """
+    return custom_op(
+        "step3p5_moe_gate_up",
+        x.device,
+        [x, gate, up, rows, offsets, _scalar(limit or 0.0)],
+        [TensorType(DType.float32, (rows.shape[0], gate.shape[1]), x.device)],
+    )[0]
+
+
+def down(
+    act: TensorValue, down: TensorValue, rows: TensorValue, offsets: TensorValue, weights: TensorValue
+) -> TensorValue:
+    """`y_t = sum_k weights[t, k] * (down_e act)`, summed in float32 in ascending order of a token's experts.
+
+    Args:
+        act: From `gate_up`, `[T * K, M]`, float32.
+        down: Down matrices `[E, H, M]`, float32 or bfloat16.
+        rows: From `group`, `[T * K]`.
+        offsets: From `group`, `[E + 1]`.
+        weights: From `route`, `[T, K]`, float32.
+
+    Returns:
+        `y [T, H]`, float32.
+    """
+    return custom_op(
+        "step3p5_moe_down",
+        act.device,
+        [act, down, rows, offsets, weights],
+        [TensorType(DType.float32, (weights.shape[0], down.shape[1]), act.device)],
+    )[0]
+
+
+def linear(x: TensorValue, w: TensorValue) -> TensorValue:
+    """`x w^T` for `x [T, K]` in float32 and `w [N, K]` in float32 or bfloat16, accumulated in float32: `[T, N]`."""
+    return custom_op(
+        "step3p5_linear",
+        x.device,
+        [x, w],
+        [TensorType(DType.float32, (x.shape[0], w.shape[0]), x.device)],
+    )[0]
+
+
+def _scalar(value: float) -> TensorValue:
+    return ops.constant(value, DType.float32, device=DeviceRef.CPU())

@@ -1,0 +1,174 @@
+"""The graph of Step-3.5-Flash: embedding, decoder layers over a hybrid KV cache, final norm and head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from max.dtype import DType
+from max.graph import DeviceRef, Graph, TensorValue, Type, Value, ops
+from max.graph import Module as GraphModule
+from max.nn.embedding import Embedding
+from max.nn.kv_cache import KVCacheParams, PagedCacheValues
+from max.nn.layer import LayerList, Module
+from max.nn.transformer.transformer import forward_sequential_layers, logits_postprocess
+from max.pipelines.lib.interfaces.batch_processor import ragged_kv_symbolic_input_tree
+from max.tree import Tree
+
+from .layer_config import AttentionKind, LayerConfig, RopeConfig
+from .layers.decoder import DecoderLayer
+from .layers.linear import Linear
+from .layers.norm import RMSNorm
+from .layers.rope import rope_table
+from .model_config import Step3p5Config
+
+
+class Step3p5(Module):
+    """Step-3.5-Flash on one device.
+
+    Module and weight names are the checkpoint's less the leading `model.`, so that weights load by name.
+    """
+
+    def __init__(self, config: Step3p5Config) -> None:
+        super().__init__()
+        model, dtype, device = config.model, config.dtype, config.devices[0]
+        self.config = config
+        self.kv_params = config.kv_params
+        self.embed_tokens = Embedding(model.vocab_size, model.hidden_size, dtype, device)
+        self.layers = LayerList(
+            [
+                DecoderLayer(
+                    layer,
+                    model,
+                    self.kv_params.child(layer.attention.kind, KVCacheParams),
+                    dtype,
+                    device,
+                )
+                for layer in model.layers
+            ]
+        )
+        self.norm = RMSNorm(model.hidden_size, model, dtype)
+        self.lm_head = Linear(model.hidden_size, model.vocab_size, dtype, device)
+        if model.tie_word_embeddings:
+            self.lm_head.set_shared_weight("weight", self.embed_tokens.weight)
+
+    def __call__(
+        self,
+        tokens: TensorValue,
+        input_row_offsets: TensorValue,
+        return_n_logits: TensorValue,
+        kv_collections: Mapping[AttentionKind, PagedCacheValues],
+    ) -> tuple[TensorValue, ...]:
+        """Runs a ragged batch.
+
+        Args:
+            tokens: `[total_seq_len]` int64.
+            input_row_offsets: `[batch + 1]` uint32; request `b` owns tokens `offsets[b] … offsets[b + 1] - 1`.
+            return_n_logits: `[1]` int64, the trailing positions whose logits a variable-logits graph returns.
+            kv_collections: The paged cache of each kind of attention.
+
+        Returns:
+            The last tokens' logits, `[batch, vocab_size]` float32; then what `return_logits` and
+            `return_hidden_states` add.
+        """
+        layers = self.config.model.layers
+        tables = self._rope_tables(tokens, input_row_offsets, kv_collections)
+        cache_layers = index_within_cache(layers)
+
+        def inputs_for_layer(index: int, hidden: list[TensorValue]) -> list[Tree[Any]]:
+            attention = layers[index].attention
+            cache_layer = ops.constant(cache_layers[index], DType.uint32, device=DeviceRef.CPU())
+            inputs: list[Tree[Any]] = [hidden[0], cache_layer, kv_collections[attention.kind], input_row_offsets]
+            if attention.rope is not None:
+                inputs.append(tables[attention.rope])
+            return inputs
+
+        (h,) = forward_sequential_layers(
+            list(self.layers),
+            inputs_for_layer=inputs_for_layer,
+            initial_hidden_states=[self.embed_tokens(tokens)],
+            subgraph_layer_groups=layers_of_equal_shape(layers) if self.config.use_subgraphs else None,
+            weight_prefix_for_layer=lambda index: f"layers.{index}.",
+        )
+        return logits_postprocess(
+            h,
+            input_row_offsets,
+            return_n_logits,
+            self.norm,
+            self.lm_head,
+            self.config.return_logits,
+            self.config.return_hidden_states,
+        )
+
+    def _rope_tables(
+        self,
+        tokens: TensorValue,
+        input_row_offsets: TensorValue,
+        kv_collections: Mapping[AttentionKind, PagedCacheValues],
+    ) -> dict[RopeConfig, TensorValue]:
+        # Any cache's lengths do: every kind of layer has seen the same tokens.
+        cache_lengths = next(iter(kv_collections.values())).cache_lengths
+        return {
+            rope: rope_table(rope, tokens, input_row_offsets, cache_lengths)
+            for rope in {layer.attention.rope for layer in self.config.model.layers}
+            if rope is not None
+        }
+
+    def input_tree(self) -> Mapping[str, object]:
+        """Names the graph's inputs; the leaves, in order, are the graph's inputs."""
+        return ragged_kv_symbolic_input_tree(
+            kv_params=self.kv_params, device_refs=list(self.config.devices), include_signal_buffers=False
+        )
+
+    def trace(
+        self,
+        *input_types: Type[Any],
+        name: str | None = None,
+        module: GraphModule | None = None,
+        custom_extensions: Iterable[Path] = (),
+        is_device_graph: bool = False,
+    ) -> Graph:
+        """Traces the graph over the leaves of `input_tree`; see `max.nn.Module.trace`."""
+
+        def forward(
+            tokens: Value[Any], input_row_offsets: Value[Any], return_n_logits: Value[Any], *kv_inputs: Value[Any]
+        ) -> tuple[TensorValue, ...]:
+            collections = self.kv_params.unflatten_basic_kv_tree(iter(kv_inputs))
+            kinds = [AttentionKind(kind) for kind in self.kv_params.children]
+            return self(
+                tokens.tensor,
+                input_row_offsets.tensor,
+                return_n_logits.tensor,
+                {kind: collection[0] for kind, collection in zip(kinds, collections, strict=True)},
+            )
+
+        return Graph(
+            name or type(self).__name__,
+            forward,
+            input_types=input_types,
+            custom_extensions=list(custom_extensions),
+            module=module,
+            is_device_graph=is_device_graph,
+        )
+
+
+def index_within_cache(layers: Sequence[LayerConfig]) -> list[int]:
+    """Each layer's index among the layers of its own attention kind, which is its index in that kind's cache."""
+    seen = dict.fromkeys(AttentionKind, 0)
+    indices = []
+    for layer in layers:
+        indices.append(seen[layer.attention.kind])
+        seen[layer.attention.kind] += 1
+    return indices
+
+
+def layers_of_equal_shape(layers: Sequence[LayerConfig]) -> list[list[int]]:
+    """Groups layers that differ in nothing but their index and weights: each group compiles as one subgraph."""
+    groups: dict[LayerConfig, list[int]] = {}
+    for position, layer in enumerate(layers):
+        groups.setdefault(dataclasses.replace(layer, index=0), []).append(position)
+    return list(groups.values())
+
+
