@@ -14,17 +14,14 @@ comptime LANES = simd_width_of[DType.float32]()
 
 comptime Lanes = SIMD[DType.float32, LANES]
 
-comptime TILE_HALF = 3
-"""Weight rows in each half of a tile; the halves may come from two tensors (gate and up)."""
-
-comptime TILE_ROWS = 2 * TILE_HALF
+comptime TILE_ROWS = 6
 """Weight rows of a tile."""
 
 comptime TILE_TOKENS = 2 if CompilationTarget.has_avx2() and LANES == 8 else 4
 """Token rows of a full tile: its accumulators, tokens and one weight fill 16 registers (AVX2) or 32 (AVX-512, NEON)."""
 
-comptime HalfSums = SIMD[DType.float32, 4]
-"""Sums of one token with one half of a tile; the last lane is padding."""
+comptime TileSums = SIMD[DType.float32, 8]
+"""Sums of one token with the rows of a tile; the last two lanes are padding."""
 
 comptime Floats = Pointer[Float32, MutUntrackedOrigin]
 comptime WeightRow[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
@@ -106,27 +103,26 @@ struct DotTile[tokens: Int](Movable):
                     self.sums[a] = fma(xs[i], values, self.sums[a])
 
     @always_inline
-    def reduced(self, token: Int) -> Tuple[HalfSums, HalfSums]:
-        """The sums of one token with both halves of the tile."""
-        var a = token * TILE_ROWS
+    def reduced(self, token: Int) -> TileSums:
+        """The sums of one token."""
         ref s = self.sums
-        var sums = reduce_pairs(
-            s[a]
-            .join(s[a + 1])
-            .join(s[a + 2].join(Lanes(0)))
-            .join(s[a + 3].join(s[a + 4]).join(s[a + 5].join(Lanes(0))))
+        var i = token * TILE_ROWS
+        return reduce_pairs(
+            s[i]
+            .join(s[i + 1])
+            .join(s[i + 2].join(s[i + 3]))
+            .join(s[i + 4].join(s[i + 5]).join(SIMD[DType.float32, 2 * LANES](0)))
         )
-        return sums.slice[4](), sums.slice[4, offset=4]()
 
 
 @always_inline
 def reduce_pairs[
     width: Int
-](values: SIMD[DType.float32, width]) -> SIMD[DType.float32, 8]:
+](values: SIMD[DType.float32, width]) -> TileSums:
     """Sums eight rows of lanes that lie behind one another, neighbour with neighbour, to eight numbers.
     """
     comptime if width == 8:
-        return rebind[SIMD[DType.float32, 8]](values)
+        return rebind[TileSums](values)
     else:
         var even, odd = values.deinterleave()
         return reduce_pairs(

@@ -8,7 +8,7 @@ from std.math import ceildiv, fma
 from std.sys import size_of
 
 from .checks import expect_size
-from .dot_tile import Floats, HalfSums, TILE_HALF, TILE_ROWS, WeightRow
+from .dot_tile import Floats, TILE_ROWS, TileSums, WeightRow
 from .gate_up import Ids
 from .grouped import GroupedProduct, Panel, multiply_group
 from .tasks import share, task_count
@@ -16,7 +16,7 @@ from .tasks import share, task_count
 
 @fieldwise_init
 struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
-    """A tile is six successive rows of `down`, six columns of `y`."""
+    """A tile is six rows of `down`, one a strip: six columns of `y`."""
 
     comptime dtype = Self.weight_dtype
 
@@ -30,6 +30,11 @@ struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
     var intermediate_size: Int
 
     @always_inline
+    def tiles(self) -> Int:
+        """Number of tiles of an expert, the length of a strip."""
+        return ceildiv(self.hidden_size, TILE_ROWS)
+
+    @always_inline
     def depth(self) -> Int:
         return self.intermediate_size
 
@@ -41,25 +46,33 @@ struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
     def w_row(
         self, expert: Int, tile: Int, row: Int
     ) -> WeightRow[Self.dtype]:
-        var h = min(tile * TILE_ROWS + row, self.hidden_size - 1)
+        var h = min(tile + row * self.tiles(), self.hidden_size - 1)
         return self.down.unsafe_offset(
             (expert * self.hidden_size + h) * self.intermediate_size
         )
 
     @always_inline
-    def store(self, slot: Int, tile: Int, low: HalfSums, high: HalfSums):
+    def store(self, slot: Int, tile: Int, sums: TileSums):
         var assignment = Int(self.rows[unsafe_offset=slot])
-        var weight = HalfSums(self.weights[unsafe_offset=assignment])
-        var h = tile * TILE_ROWS
+        var weight = self.weights[unsafe_offset=assignment]
         var to = self.y.unsafe_offset(
-            assignment // self.top_k * self.hidden_size + h
+            assignment // self.top_k * self.hidden_size
         )
-        var left = self.hidden_size - h
-        for j in range(min(TILE_HALF, left)):
-            to[unsafe_offset=j] = fma(weight[j], low[j], to[unsafe_offset=j])
-        for j in range(min(TILE_HALF, left - TILE_HALF)):
-            var k = j + TILE_HALF
-            to[unsafe_offset=k] = fma(weight[j], high[j], to[unsafe_offset=k])
+        comptime for j in range(TILE_ROWS):
+            var h = tile + j * self.tiles()
+            if h < self.hidden_size:
+                to[unsafe_offset=h] = fma(weight, sums[j], to[unsafe_offset=h])
+
+    def clear(self, tokens: Int, first: Int, last: Int):
+        """Zeroes the columns of the tiles `first` to `last`."""
+        for t in range(tokens):
+            var to = self.y.unsafe_offset(t * self.hidden_size)
+            for j in range(TILE_ROWS):
+                var strip = j * self.tiles()
+                for h in range(
+                    strip + first, min(strip + last, self.hidden_size)
+                ):
+                    to[unsafe_offset=h] = 0
 
 
 def down_cpu[
@@ -75,7 +88,7 @@ def down_cpu[
     var hit = 0
     for e in range(experts):
         hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
-    var tiles = ceildiv(product.hidden_size, TILE_ROWS)
+    var tiles = product.tiles()
     var bytes = (
         hit
         * product.hidden_size
@@ -87,12 +100,7 @@ def down_cpu[
     def task(index: Int) {imm}:
         var panel = Panel(product.intermediate_size)
         var first, last = share(tiles, index, tasks)
-        var column = first * TILE_ROWS
-        var columns = min(last * TILE_ROWS, product.hidden_size) - column
-        for t in range(tokens):
-            var y = product.y.unsafe_offset(t * product.hidden_size + column)
-            for h in range(columns):
-                y[unsafe_offset=h] = 0
+        product.clear(tokens, first, last)
         for e in range(experts):
             var begin = Int(offsets[unsafe_offset=e])
             var end = Int(offsets[unsafe_offset=e + 1])

@@ -9,16 +9,19 @@ from std.sys import size_of
 from std.utils.numerics import inf
 
 from .checks import expect_size
-from .dot_tile import Floats, HalfSums, TILE_HALF, TILE_ROWS, WeightRow
+from .dot_tile import Floats, TILE_ROWS, TileSums, WeightRow
 from .grouped import GroupedProduct, Panel, multiply_group
 from .tasks import share, task_count
+
+comptime GATE_ROWS = TILE_ROWS // 2
+"""Rows of `gate` in a tile, and as many of `up`: the number of strips of each."""
 
 comptime Ids = Pointer[Int32, MutUntrackedOrigin]
 
 
 @fieldwise_init
 struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
-    """A tile is three rows of `gate` and the same three of `up`."""
+    """A tile is three rows of `gate`, one a strip, and the same three of `up`."""
 
     comptime dtype = Self.weight_dtype
 
@@ -31,6 +34,11 @@ struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
     var hidden_size: Int
     var intermediate_size: Int
     var limit: Float32
+
+    @always_inline
+    def tiles(self) -> Int:
+        """Number of tiles of an expert, the length of a strip."""
+        return ceildiv(self.intermediate_size, GATE_ROWS)
 
     @always_inline
     def depth(self) -> Int:
@@ -46,25 +54,27 @@ struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
         self, expert: Int, tile: Int, row: Int
     ) -> WeightRow[Self.dtype]:
         var m = min(
-            tile * TILE_HALF + row % TILE_HALF, self.intermediate_size - 1
+            tile + row % GATE_ROWS * self.tiles(), self.intermediate_size - 1
         )
-        var tensor = self.gate if row < TILE_HALF else self.up
+        var tensor = self.gate if row < GATE_ROWS else self.up
         return tensor.unsafe_offset(
             (expert * self.intermediate_size + m) * self.hidden_size
         )
 
     @always_inline
-    def store(self, slot: Int, tile: Int, low: HalfSums, high: HalfSums):
-        var gated = low / (1 + exp(-low))
+    def store(self, slot: Int, tile: Int, sums: TileSums):
         # Comparisons, not min and max, which would drop a NaN.
+        var gated = sums / (1 + exp(-sums))
         gated = gated.gt(self.limit).select(self.limit, gated)
-        var up = high.gt(self.limit).select(self.limit, high)
+        var up = sums.rotate_left[GATE_ROWS]()
+        up = up.gt(self.limit).select(self.limit, up)
         up = up.lt(-self.limit).select(-self.limit, up)
         var act = gated * up
-        var m = tile * TILE_HALF
-        var to = self.act.unsafe_offset(slot * self.intermediate_size + m)
-        for j in range(min(TILE_HALF, self.intermediate_size - m)):
-            to[unsafe_offset=j] = act[j]
+        var to = self.act.unsafe_offset(slot * self.intermediate_size)
+        comptime for j in range(GATE_ROWS):
+            var m = tile + j * self.tiles()
+            if m < self.intermediate_size:
+                to[unsafe_offset=m] = act[j]
 
 
 def gate_up_cpu[
@@ -77,7 +87,7 @@ def gate_up_cpu[
     """Cuts the tiles of all experts that have tokens into tasks of equal cost.
     """
     comptime tile_cost = 8  # in tokens: reading the weights of a tile
-    var tiles = ceildiv(product.intermediate_size, TILE_HALF)
+    var tiles = product.tiles()
     var hit = 0
     var cost = 0
     for e in range(experts):

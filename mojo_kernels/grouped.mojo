@@ -1,4 +1,9 @@
-"""The product of grouped token rows with their expert's weight rows, shared by every op that multiplies."""
+"""The product of grouped token rows with their expert's weight rows, shared by every op that multiplies.
+
+The rows of a weight matrix are cut into equal strips, one for every row of a tile, and tile `i` takes row `i` of each strip.
+A sweep over tiles then reads every strip as one contiguous stream, which the hardware fetches ahead across the ends of rows;
+with neighbouring rows in a tile, every tile would start cold (measured at 1 to 8 tokens: 1.3 to 1.6 times slower).
+"""
 
 from std.math import ceildiv
 from std.memory.alloc import unsafe_alloc
@@ -6,10 +11,10 @@ from std.memory.alloc import unsafe_alloc
 from .dot_tile import (
     DotTile,
     Floats,
-    HalfSums,
     LANES,
     TILE_ROWS,
     TILE_TOKENS,
+    TileSums,
     WeightRow,
     load_row,
     load_tail,
@@ -56,8 +61,8 @@ trait GroupedProduct:
             rows[j] = self.w_row(expert, tile, j)
         return rows^
 
-    def store(self, slot: Int, tile: Int, low: HalfSums, high: HalfSums):
-        """Takes the sums of one slot with the two halves of a tile."""
+    def store(self, slot: Int, tile: Int, sums: TileSums):
+        """Takes the sums of one slot with a tile."""
         ...
 
 
@@ -121,8 +126,7 @@ def multiply_tile[
     var dots = DotTile[tokens]()
     dots.add[step=step](x, w, product.depth(), ahead)
     comptime for i in range(tokens):
-        var low, high = dots.reduced(i)
-        product.store(slot + i, tile, low, high)
+        product.store(slot + i, tile, dots.reduced(i))
 
 
 @always_inline

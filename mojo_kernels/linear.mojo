@@ -8,14 +8,14 @@ from std.math import ceildiv
 from std.sys import size_of
 
 from .checks import expect_size
-from .dot_tile import Floats, HalfSums, TILE_HALF, TILE_ROWS, WeightRow
+from .dot_tile import Floats, TILE_ROWS, TileSums, WeightRow
 from .grouped import GroupedProduct, Panel, multiply_group
 from .tasks import share, task_count
 
 
 @fieldwise_init
 struct Linear[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
-    """One expert that has every token; a tile is six successive rows of `w`."""
+    """One expert that has every token; a tile is six rows of `w`, one a strip."""
 
     comptime dtype = Self.weight_dtype
 
@@ -24,6 +24,11 @@ struct Linear[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
     var w: WeightRow[Self.weight_dtype]
     var in_features: Int
     var out_features: Int
+
+    @always_inline
+    def tiles(self) -> Int:
+        """Number of tiles, the length of a strip."""
+        return ceildiv(self.out_features, TILE_ROWS)
 
     @always_inline
     def depth(self) -> Int:
@@ -37,25 +42,23 @@ struct Linear[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
     def w_row(
         self, expert: Int, tile: Int, row: Int
     ) -> WeightRow[Self.dtype]:
-        var n = min(tile * TILE_ROWS + row, self.out_features - 1)
+        var n = min(tile + row * self.tiles(), self.out_features - 1)
         return self.w.unsafe_offset(n * self.in_features)
 
     @always_inline
-    def store(self, slot: Int, tile: Int, low: HalfSums, high: HalfSums):
-        var n = tile * TILE_ROWS
-        var to = self.y.unsafe_offset(slot * self.out_features + n)
-        var left = self.out_features - n
-        for j in range(min(TILE_HALF, left)):
-            to[unsafe_offset=j] = low[j]
-        for j in range(min(TILE_HALF, left - TILE_HALF)):
-            to[unsafe_offset=j + TILE_HALF] = high[j]
+    def store(self, slot: Int, tile: Int, sums: TileSums):
+        var to = self.y.unsafe_offset(slot * self.out_features)
+        comptime for j in range(TILE_ROWS):
+            var n = tile + j * self.tiles()
+            if n < self.out_features:
+                to[unsafe_offset=n] = sums[j]
 
 
 def linear_cpu[
     dtype: DType
 ](product: Linear[dtype], tokens: Int):
     """Every task owns columns of `y`."""
-    var tiles = ceildiv(product.out_features, TILE_ROWS)
+    var tiles = product.tiles()
     var bytes = (
         product.out_features * product.in_features * size_of[dtype]()
     )

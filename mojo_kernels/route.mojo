@@ -6,7 +6,7 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import exp
 from std.memory import bitcast
-from std.sys import size_of
+from std.utils.numerics import isnan
 
 from .checks import expect_size
 from .dot_tile import Floats
@@ -17,6 +17,8 @@ from .tasks import share, task_count
 def sigmoid(x: Float32) -> Float32:
     """`1 / (1 + exp(-x))`, computed in float64 so that the result is correctly rounded but for rare ties.
     """
+    if isnan(x):  # `exp` takes NaN to a number.
+        return x
     return (1 / (1 + exp(-x.cast[DType.float64]()))).cast[DType.float32]()
 
 
@@ -24,7 +26,7 @@ def sigmoid(x: Float32) -> Float32:
 def order_key(score: Float32) -> Int32:
     """An integer that orders as the score does; NaN is above all, so that a broken token stays visible.
     """
-    if score != score:
+    if isnan(score):
         return Int32.MAX
     var bits = bitcast[DType.int32](score)
     return bits if bits >= 0 else bits ^ Int32.MAX

@@ -2,7 +2,7 @@
 
 from max.runtime.asyncrt import parallelism_level
 
-comptime TASKS_PER_WORKER = 4
+comptime TASKS_PER_WORKER = 2
 """More tasks than workers even out what other programs take from one of them."""
 
 comptime TASK_BYTES = 64 * 1024

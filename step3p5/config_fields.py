@@ -113,9 +113,8 @@ def one_of(*allowed: object) -> Reader[Any]:
     """Accepts the listed JSON values only."""
 
     def read(value: object) -> object:
-        if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in allowed):
-            names = " or ".join("true" if c is True else "false" if c is False else repr(c) for c in allowed)
-            raise MismatchError(names)
+        if value not in allowed:
+            raise MismatchError(" or ".join(map(repr, allowed)))
         return value
 
     return read

@@ -21,7 +21,7 @@ from typing_extensions import Self, override
 from .config_fields import ConfigError
 from .config_parser import parse_model_config
 from .layer_config import AttentionConfig, AttentionKind, DenseMLPConfig, Llama3Scaling, ModelConfig, MoEConfig
-from .pretrained_config import Step3p5PretrainedConfig
+from .pretrained_config import as_step3p5_config
 
 MINIMUM_CPU_WINDOW = 128
 """MAX's CPU attention masks a sliding window in SIMD pieces and takes none smaller than this."""
@@ -108,7 +108,7 @@ class Step3p5Config(Llama3Config):
     @staticmethod
     def calculate_attention_multiplier(huggingface_config: AutoConfig) -> float:
         """Scale of the attention scores: `head_dim ** -0.5`."""
-        return float(_parsed(huggingface_config).layers[0].attention.head_dim) ** -0.5
+        return float(as_step3p5_config(huggingface_config).model_config.layers[0].attention.head_dim) ** -0.5
 
     @override
     @staticmethod
@@ -126,7 +126,7 @@ class Step3p5Config(Llama3Config):
         """
         speculative = pipeline_config.speculative
         caches = {}
-        for kind, (attention, num_layers) in _attention_kinds(_parsed(huggingface_config)).items():
+        for kind, (attention, num_layers) in _attention_kinds(as_step3p5_config(huggingface_config).model_config).items():
             caches[str(kind)] = kv_cache_config.to_params(
                 dtype=cache_dtype,
                 n_kv_heads=attention.num_key_value_heads,
@@ -180,7 +180,7 @@ class Step3p5Config(Llama3Config):
     ) -> Self:
         """Builds the configuration from a pipeline's and a checkpoint's; see `initialize`."""
         model_config = model_config or pipeline_config.model
-        model = _parsed(huggingface_config)
+        model = as_step3p5_config(huggingface_config).model_config
         encoding = _select_quantization_encoding(model_config, cls.DEFAULT_ENCODING)
         devices = [DeviceRef(spec.device_type, spec.id) for spec in model_config.device_specs]
         if any(device.is_cpu() for device in devices):
@@ -206,15 +206,6 @@ class Step3p5Config(Llama3Config):
         """Fixes what the graph returns, which the pipeline decides after the configuration is made."""
         self.return_logits = return_logits
         self.return_hidden_states = return_hidden_states
-
-
-def _parsed(huggingface_config: AutoConfig) -> ModelConfig:
-    if not isinstance(huggingface_config, Step3p5PretrainedConfig):
-        raise ConfigError(
-            f"config.json: model_type {huggingface_config.model_type!r} was loaded as "
-            f"{type(huggingface_config).__name__}; expected model_type 'step3p5'; check --model"
-        )
-    return huggingface_config.model_config
 
 
 def _attention_kinds(model: ModelConfig) -> dict[AttentionKind, tuple[AttentionConfig, int]]:

@@ -68,8 +68,7 @@ def gate_up(
     up: TensorValue,
     rows: TensorValue,
     offsets: TensorValue,
-    *,
-    limit: float | None,
+    limit: TensorValue,
 ) -> TensorValue:
     """`silu(gate x) * (up x)` of every assignment, or `min(silu(gate x), L) * clamp(up x, -L, L)` with a limit.
 
@@ -79,7 +78,7 @@ def gate_up(
         up: Up matrices `[E, M, H]`, as `gate`.
         rows: From `group`, `[T * K]`.
         offsets: From `group`, `[E + 1]`.
-        limit: `L`, or `None`.
+        limit: `L`, a float32 scalar on the host; infinite clamps nothing.
 
     Returns:
         Activations `[T * K, M]`, float32, in the order of `rows`.
@@ -87,7 +86,7 @@ def gate_up(
     return custom_op(
         "step3p5_moe_gate_up",
         x.device,
-        [x, gate, up, rows, offsets, _scalar(limit or 0.0)],
+        [x, gate, up, rows, offsets, limit],
         [TensorType(DType.float32, (rows.shape[0], gate.shape[1]), x.device)],
     )[0]
 

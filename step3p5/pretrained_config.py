@@ -116,6 +116,23 @@ def register_pretrained_config() -> None:
     AutoConfig.register(MODEL_TYPE, Step3p5PretrainedConfig, exist_ok=True)
 
 
+def as_step3p5_config(config: PreTrainedConfig) -> Step3p5PretrainedConfig:
+    """`config`, read again from its checkpoint if another class has read it.
+
+    MAX reads a checkpoint's configuration with its own class before it imports custom architectures.
+
+    Raises:
+        ConfigError: The checkpoint is no Step-3.5 checkpoint, or its configuration is not valid.
+    """
+    if isinstance(config, Step3p5PretrainedConfig):
+        return config
+    if config.model_type != MODEL_TYPE:
+        raise ConfigError(f"model_type: found {config.model_type!r}, expected {MODEL_TYPE!r}. Check --model.")
+    reread = AutoConfig.from_pretrained(config.name_or_path)
+    assert isinstance(reread, Step3p5PretrainedConfig)
+    return reread
+
+
 def _uniform_view(model: ModelConfig) -> dict[str, Any]:
     """transformers' common names for what is the same on all layers, or else as it is on the full attention layers."""
     attentions = [layer.attention for layer in model.layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from max.nn.transformer.transformer import forward_sequential_layers, logits_pos
 from max.pipelines.lib.interfaces.batch_processor import ragged_kv_symbolic_input_tree
 from max.tree import Tree
 
-from .layer_config import AttentionKind, LayerConfig, RopeConfig
+from .layer_config import AttentionKind, LayerConfig, MoEConfig, RopeConfig
 from .layers.decoder import DecoderLayer
 from .layers.linear import Linear
 from .layers.norm import RMSNorm
@@ -80,7 +81,13 @@ class Step3p5(Module):
         def inputs_for_layer(index: int, hidden: list[TensorValue]) -> list[Tree[Any]]:
             attention = layers[index].attention
             cache_layer = ops.constant(cache_layers[index], DType.uint32, device=DeviceRef.CPU())
-            inputs: list[Tree[Any]] = [hidden[0], cache_layer, kv_collections[attention.kind], input_row_offsets]
+            inputs: list[Tree[Any]] = [
+                hidden[0],
+                cache_layer,
+                kv_collections[attention.kind],
+                input_row_offsets,
+                *_swiglu_limits(layers[index], tokens.device),
+            ]
             if attention.rope is not None:
                 inputs.append(tables[attention.rope])
             return inputs
@@ -165,10 +172,27 @@ def index_within_cache(layers: Sequence[LayerConfig]) -> list[int]:
 
 
 def layers_of_equal_shape(layers: Sequence[LayerConfig]) -> list[list[int]]:
-    """Groups layers that differ in nothing but their index and weights: each group compiles as one subgraph."""
+    """Groups layers whose graphs are the same: each group compiles as one subgraph."""
     groups: dict[LayerConfig, list[int]] = {}
     for position, layer in enumerate(layers):
-        groups.setdefault(dataclasses.replace(layer, index=0), []).append(position)
+        groups.setdefault(_graph_key(layer), []).append(position)
     return list(groups.values())
 
 
+def _graph_key(layer: LayerConfig) -> LayerConfig:
+    """The layer without what reaches its graph as a value: its index and its clamp limits."""
+    mlp = dataclasses.replace(layer.mlp, swiglu_limit=None)
+    if isinstance(mlp, MoEConfig):
+        mlp = dataclasses.replace(mlp, shared_expert=dataclasses.replace(mlp.shared_expert, swiglu_limit=None))
+    return dataclasses.replace(layer, index=0, mlp=mlp)
+
+
+def _swiglu_limits(layer: LayerConfig, device: DeviceRef) -> tuple[TensorValue, TensorValue]:
+    """The routed experts' limit on the host, and the shared expert's or dense MLP's on the device."""
+    routed, shared = layer.mlp.swiglu_limit, layer.mlp.swiglu_limit
+    if isinstance(layer.mlp, MoEConfig):
+        shared = layer.mlp.shared_expert.swiglu_limit
+    return (
+        ops.constant(routed or math.inf, DType.float32, device=DeviceRef.CPU()),
+        ops.constant(shared or math.inf, DType.float32, device=device),
+    )

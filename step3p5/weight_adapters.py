@@ -10,12 +10,13 @@ from max.graph.weights import WeightData, Weights
 from max.pipelines.lib import PipelineConfig
 from max.pipelines.lib.config.model_config import _select_quantization_encoding
 from max.pipelines.modeling.config_enums import supported_encoding_dtype
+from transformers import AutoConfig
 
 from .checkpoint_tensors import CheckpointDtype, TensorSpec, checkpoint_tensors
 from .config_fields import ConfigError
 from .layer_config import ModelConfig
 from .model_config import Step3p5Config
-from .pretrained_config import Step3p5PretrainedConfig
+from .pretrained_config import as_step3p5_config
 
 HUB_PREFIXES = (
     ("model.language_model.", "model."),
@@ -32,7 +33,7 @@ STORED_DTYPES = {DType.float32: CheckpointDtype.FLOAT32, DType.bfloat16: Checkpo
 
 def convert_safetensor_state_dict(
     state_dict: dict[str, Weights],
-    huggingface_config: Step3p5PretrainedConfig,
+    huggingface_config: AutoConfig,
     pipeline_config: PipelineConfig,
     **_: Any,
 ) -> dict[str, WeightData]:
@@ -49,7 +50,7 @@ def convert_safetensor_state_dict(
     Raises:
         ConfigError: If a tensor is missing, unknown, or of another shape or type than the configuration says.
     """
-    model = huggingface_config.model_config
+    model = as_step3p5_config(huggingface_config).model_config
     tensors = {_rename(name, HUB_PREFIXES): weight.data() for name, weight in state_dict.items()}
     expected = checkpoint_tensors(model)
     decoder = {name: data for name, data in tensors.items() if not _is_mtp(name, model)}

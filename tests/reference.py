@@ -127,6 +127,15 @@ def route(logits: Array, bias: Array | None, top_k: int, normalize: bool, scale:
     return ids, weights * scale
 
 
+def router_margin(logits: Array, bias: Array | None, top_k: int) -> float:
+    """How far the worst chosen expert's score stands above the best one left out, over all tokens: at least 0."""
+    scores = sigmoid(logits)
+    ranked = np.sort(scores if bias is None else scores + float64(bias), axis=-1)[:, ::-1]
+    if top_k == ranked.shape[-1] or not len(ranked):
+        return math.inf
+    return float((ranked[:, top_k - 1] - ranked[:, top_k]).min())
+
+
 def moe(
     x: Array,
     ids: Array,
@@ -207,6 +216,8 @@ class Reference:
         self.layer_count: int = config["num_hidden_layers"]
         self._norm_offset = 1.0 if config.get("zero_centered", True) else 0.0
         self._moe_layers = self._read_moe_layers()
+        self.router_margin = math.inf
+        """The narrowest choice so far between a chosen expert and one left out; a rounding could turn a near tie."""
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> Reference:
@@ -283,9 +294,8 @@ class Reference:
             factors = config.get("partial_rotary_factors")
             rotary_dim = int(head_dim * (self._per_layer("partial_rotary_factors", index) if factors else 1.0))
             scaling = config.get("rope_scaling")
-            if scaling is not None and config.get("yarn_only_types") is None:
-                raise ValueError("yarn_only_types: found none, expected the layer types on which rope_scaling holds")
-            scaled = scaling is not None and kind in config["yarn_only_types"]
+            only = config.get("yarn_only_types")
+            scaled = scaling is not None and (not only or kind in only)
             theta = self._per_layer("rope_theta", index)
             frequencies = rope_frequencies(theta, rotary_dim, scaling if scaled else None)
 
@@ -328,6 +338,7 @@ class Reference:
         logits = self._linear(x, prefix + "gate.weight", experts)
         normalize, scale = config.get("norm_expert_weight", True), config["moe_router_scaling_factor"]
         ids, weights = route(logits, bias, config["moe_top_k"], normalize, scale)
+        self.router_margin = min(self.router_margin, router_margin(logits, bias, config["moe_top_k"]))
         gate_proj = self._tensor(prefix + "gate_proj.weight", experts, width, self.hidden_size)
         up_proj = self._tensor(prefix + "up_proj.weight", experts, width, self.hidden_size)
         down_proj = self._tensor(prefix + "down_proj.weight", experts, self.hidden_size, width)

@@ -318,6 +318,7 @@ def test_list_too_short(name: str) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_scaling\.rope_type: found 'yarn' .*'llama3'"),
         ({"rope_scaling": {"factor": 2.0}}, r"rope_scaling\.rope_type: found no such field"),
         ({"rope_scaling": {**LLAMA3, "type": "default"}}, r"rope_scaling\.type: found 'default' .*'llama3'"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, r"rope_scaling\.factor: found 2\.0 .*Remove"),
         ({"rope_scaling": {**LLAMA3, "beta_fast": 32}}, r"rope_scaling\.beta_fast: found 32 .*Remove"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, r"rope_scaling\.high_freq_factor: found 1\.0 .*above"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config\.quant_method: found 'fp8' .*known"),

@@ -74,6 +74,7 @@ def test_flat_rope_parameters_respect_yarn_only_types(parameters: dict[str, Any]
     ("changes", "message"),
     [
         ({"mlp_layer_types": ["dense"] * 4 + ["sparse"] * 41}, "mlp_layer_types: found .*what moe_layers_enum says"),
+        ({"num_nextn_predict_layers": 1, "num_mtp_layers": True}, "num_mtp_layers: found true, .* 1 "),
         ({"mlp_layer_types": ["dense"] * 44}, "mlp_layer_types: found 44 entries, expected 45"),
         ({"mlp_layer_types": ["moe"] * 45}, r"mlp_layer_types\[0\]: found 'moe'"),
         (

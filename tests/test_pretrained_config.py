@@ -181,7 +181,7 @@ assert CONFIG_MAPPING["step3p5"] is ours.Step3p5PretrainedConfig, CONFIG_MAPPING
 def test_max_does_not_replace_the_class_when_it_comes_later() -> None:
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", IMPORTED_BEFORE_MAX]
-    # MAX changes the C environment of this process (PYTHONHOME), which a child would inherit without `env`.
+    # MAX sets PYTHONEXECUTABLE behind `os.environ`, which a child given no `env` would inherit and start elsewhere by.
     done = subprocess.run(command, cwd=root, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

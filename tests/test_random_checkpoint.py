@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from step3p5.checkpoint_tensors import CheckpointDtype, checkpoint_tensors, mtp_tensors
 from step3p5.config_parser import parse_model_config
 from step3p5.layer_config import AttentionKind, MoEConfig
+from step3p5.pretrained_config import Step3p5PretrainedConfig
 from step3p5.random_checkpoint import RandomCheckpointError, write_random_checkpoint, writer
 from step3p5.random_checkpoint.__main__ import main
 from step3p5.random_checkpoint.hub_config import hub_config
@@ -40,8 +43,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny: Path) -> Any:
-    # A bare configuration in place of the folder's: transformers knows `step3p5` only once the package registers it.
-    return AutoTokenizer.from_pretrained(tiny, config=PreTrainedConfig())
+    assert Step3p5PretrainedConfig.model_type == "step3p5"  # importing it is what lets transformers read the folder
+    return AutoTokenizer.from_pretrained(tiny, trust_remote_code=False)
 
 
 def read_json(path: Path) -> Any:
@@ -158,8 +161,12 @@ def test_tiny_has_every_kind_of_layer(tiny: Path) -> None:
     assert kinds == {(kind, moe) for kind in AttentionKind for moe in (False, True)}
     full, sliding = model.layers[0].attention, model.layers[1].attention
     assert full.num_attention_heads != sliding.num_attention_heads
-    assert full.rope is not None and full.rope.scaling is not None and full.rope.rotary_dim == full.head_dim // 2
-    assert sliding.rope is not None and sliding.rope.scaling is None and sliding.sliding_window == 128
+    assert full.rope is not None
+    assert sliding.rope is not None
+    assert (full.rope.rotary_dim, sliding.rope.rotary_dim) == (full.head_dim // 2, sliding.head_dim)
+    assert full.rope.scaling is not None
+    assert sliding.rope.scaling is None
+    assert (full.sliding_window, sliding.sliding_window) == (None, 128)
     experts = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEConfig)]
     clamps = {(moe.swiglu_limit is not None, moe.shared_expert.swiglu_limit is not None) for moe in experts}
     assert clamps == {(False, False), (True, False), (True, True)}
@@ -284,7 +291,7 @@ USER: dict[str, Any] = {"role": "user", "content": "Hi"}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+def render(tokenizer: Any, messages: Sequence[object], **options: Any) -> str:
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return text.removeprefix("<|begin_of_sentence|>")
 
@@ -325,8 +332,9 @@ def test_conversation_renders_roles_calls_and_results(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("arguments", ["", '{"city": "Bonn"}'])
 def test_call_with_unparsed_arguments_keeps_their_text(tokenizer: Any, arguments: str) -> None:
-    call = {"function": {"name": "weather", "arguments": arguments}}
-    text = render(tokenizer, [USER, {"role": "assistant", "content": None, "tool_calls": [call]}])
+    call: dict[str, Any] = {"function": {"name": "weather", "arguments": arguments}}
+    answer: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    text = render(tokenizer, [USER, answer])
     body = f"{arguments}\n" if arguments else ""
     assert f"assistant\n<tool_call>\n<function=weather>\n{body}</function>\n</tool_call><|im_end|>" in text
 
@@ -340,7 +348,7 @@ def test_tools_are_listed_with_and_without_a_system_message(tokenizer: Any) -> N
 
 
 def test_unknown_role_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(Exception, match="message role is critic"):
+    with pytest.raises(TemplateError, match="message role is critic"):
         render(tokenizer, [{"role": "critic", "content": "no"}])
 
 

@@ -30,9 +30,9 @@ class DecoderLayer(Module):
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model, dtype)
         if isinstance(config.mlp, MoEConfig):
             self.moe = MoE(config.mlp, model.hidden_size, dtype, device)
-            self.share_expert = MLP(config.mlp.shared_expert, model.hidden_size, dtype, device)
+            self.share_expert = MLP(config.mlp.shared_expert.intermediate_size, model.hidden_size, dtype, device)
         else:
-            self.mlp = MLP(config.mlp, model.hidden_size, dtype, device)
+            self.mlp = MLP(config.mlp.intermediate_size, model.hidden_size, dtype, device)
 
     def __call__(
         self,
@@ -40,13 +40,26 @@ class DecoderLayer(Module):
         cache_layer: TensorValue,
         kv_collection: PagedCacheValues,
         input_row_offsets: TensorValue,
+        routed_limit: TensorValue,
+        shared_limit: TensorValue,
         rope_table: TensorValue | None = None,
     ) -> TensorValue:
-        """`h [total_seq_len, hidden_size]` to the same shape; see `Attention` for the other arguments."""
-        h = h + self.self_attn(self.input_layernorm(h), cache_layer, kv_collection, rope_table, input_row_offsets)
-        return h + self._feed_forward(self.post_attention_layernorm(h))
+        """Runs the layer; what differs between layers of one shape comes in as a value.
 
-    def _feed_forward(self, x: TensorValue) -> TensorValue:
+        Args:
+            h: Hidden states, `[total_seq_len, hidden_size]`.
+            cache_layer: See `Attention`.
+            kv_collection: See `Attention`.
+            input_row_offsets: See `Attention`.
+            routed_limit: Clamp limit of the routed experts, a float32 scalar on the host; infinite where there is none.
+            shared_limit: Clamp limit of the shared expert or dense MLP, a float32 scalar on the layer's device.
+            rope_table: See `Attention`.
+
+        Returns:
+            `[total_seq_len, hidden_size]`.
+        """
+        h = h + self.self_attn(self.input_layernorm(h), cache_layer, kv_collection, rope_table, input_row_offsets)
+        x = self.post_attention_layernorm(h)
         if isinstance(self.config.mlp, MoEConfig):
-            return self.moe(x) + self.share_expert(x)
-        return self.mlp(x)
+            return h + self.moe(x, routed_limit) + self.share_expert(x, shared_limit)
+        return h + self.mlp(x, shared_limit)

@@ -28,7 +28,7 @@ class MoE(Module):
     """`y = Σ_e w_e · expert_e(x)` over each token's `top_k` experts, without the shared expert.
 
     Args:
-        config: Experts, widths, limits and router constants.
+        config: Experts, widths and router constants.
         hidden_size: Size of the last axis of `x` and of the result.
         dtype: Storage type of the experts' and the gate's weights.
         device: Where the layer runs.
@@ -45,8 +45,11 @@ class MoE(Module):
         self.up_proj = ExpertWeights(experts, hidden_size, width, dtype, device)
         self.down_proj = ExpertWeights(experts, width, hidden_size, dtype, device)
 
-    def __call__(self, x: TensorValue) -> TensorValue:
-        """`[tokens, hidden_size]` to `[tokens, hidden_size]`, accumulated in float32."""
+    def __call__(self, x: TensorValue, limit: TensorValue) -> TensorValue:
+        """`x [tokens, hidden_size]` and the clamp limit, a scalar on the host, to `[tokens, hidden_size]`.
+
+        Each token's experts are accumulated in float32.
+        """
         config = self.config
         logits = self._router_logits(x)
         bias = (
@@ -62,12 +65,10 @@ class MoE(Module):
             scale=config.router_scaling_factor,
         )
         rows, offsets = moe_ops.group(ids, num_experts=config.num_experts)
-        hidden = moe_ops.gate_up(
-            x, self.gate_proj(), self.up_proj(), rows, offsets, limit=config.swiglu_limit
-        )
+        hidden = moe_ops.gate_up(x, self.gate_proj(), self.up_proj(), rows, offsets, limit)
         return moe_ops.down(hidden, self.down_proj(), rows, offsets, weights)
 
     def _router_logits(self, x: TensorValue) -> TensorValue:
         if self.config.fp32_gate:
-            return ops.cast(x, DType.float32) @ ops.cast(self.gate.weight, DType.float32).T
+            return moe_ops.linear(ops.cast(x, DType.float32), self.gate.weight)
         return ops.cast(self.gate(x), DType.float32)

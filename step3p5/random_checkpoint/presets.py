@@ -94,11 +94,11 @@ PRESETS: Mapping[str, Preset] = {
         max_position_embeddings=32768,
         rope_scaling=_scaling(factor=2.0, original_max_position_embeddings=16384),
         first_role_token_id=8180,
-        shard_bytes=2_000_000_000,
+        shard_bytes=1_000_000_000,
         swiglu_limits={10: 7.0, 11: 7.0},
         swiglu_limits_shared={11: 16.0},
     ),
-    # The released Step-3.5-Flash, field for field.
+    # The shape of the released Step-3.5-Flash.
     "flash": Preset(
         hidden_size=4096,
         intermediate_size=11264,

@@ -1,9 +1,9 @@
 """Fast, reproducible normal random numbers in a checkpoint's storage format.
 
 A 16-bit random word indexes a table of the normal distribution's 65,536 midpoint quantiles, already scaled and rounded
-to the storage dtype: one random 64-bit word gives four elements, and bfloat16 costs no conversion. An element depends on
-the seed, the tensor's name and its position only, so neither threads nor the order of tensors show in the bytes, and a
-bfloat16 tensor is the rounded float32 tensor.
+to the storage dtype: one random 64-bit word gives four elements, and bfloat16 costs no conversion. An element depends
+on the seed, the tensor's name and its position only, so neither threads nor the order of tensors show in the bytes, and
+a bfloat16 tensor is the rounded float32 tensor.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""Shared fixtures: random checkpoints and compiled models, each made once a session."""
+
+from __future__ import annotations
+
+import os
+
+# numpy's own threads, on top of the engine's, oversubscribe a small machine; set before numpy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import secrets
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import Runner, write_checkpoint
+from reference import Reference
+
+SEED = int(os.environ.get("STEP3P5_TEST_SEED", secrets.randbelow(1 << 31)))
+
+
+def pytest_report_header() -> str:
+    return f"random inputs: STEP3P5_TEST_SEED={SEED}"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh numbers for each test and session; the seed stands in the report's header."""
+    return np.random.default_rng([SEED, *request.node.nodeid.encode()])
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `tiny` checkpoint: every kind of layer."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", seed=SEED)
+
+
+@pytest.fixture(scope="session")
+def tiny_reference(tiny: Path) -> Reference:
+    """`tiny` in float64."""
+    return Reference.from_checkpoint(tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: Path) -> Runner:
+    """`tiny` in MAX on the CPU, up to three requests at a time."""
+    return Runner(tiny)

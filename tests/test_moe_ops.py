@@ -1,0 +1,372 @@
+"""The Mojo ops of the mixture-of-experts layer against numpy in float64.
+
+All ops are compiled once, in one graph with symbolic sizes. A run is preceded by one on NaN, so that outputs are allocated
+from memory that holds NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from max.driver import CPU, Buffer
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.graph import DeviceRef, Graph, TensorType, TensorValue
+
+from step3p5 import moe_ops
+
+Array = npt.NDArray[Any]
+Operands = list[Array | Buffer]
+LIMIT = 0.4
+SCALE = 2.5
+
+
+def tensor(*shape: str, dtype: DType = DType.float32) -> TensorType:
+    return TensorType(dtype, shape, DeviceRef.CPU())
+
+
+def router(logits: TensorValue, bias: TensorValue, chosen: TensorValue) -> list[TensorValue]:
+    """(logits [T, E], bias [E], any [K]) -> ids, weights, plain weights, rows, offsets."""
+    top_k = chosen.shape[0]
+    ids, weights = moe_ops.route(logits, bias, top_k=top_k, normalize=True, scale=SCALE)
+    _, plain = moe_ops.route(logits, bias, top_k=top_k, normalize=False, scale=1.0)
+    return [ids, weights, plain, *moe_ops.group(ids, num_experts=logits.shape[1])]
+
+
+def grouping(ids: TensorValue, experts: TensorValue) -> list[TensorValue]:
+    """(ids [T, K], any [E]) -> rows, offsets."""
+    return list(moe_ops.group(ids, num_experts=experts.shape[0]))
+
+
+def experts(
+    x: TensorValue,
+    gate: TensorValue,
+    up: TensorValue,
+    down: TensorValue,
+    rows: TensorValue,
+    offsets: TensorValue,
+    weights: TensorValue,
+) -> list[TensorValue]:
+    """-> act, act with a limit, y, and x w^T for the weights of `linear`, here the first gate matrix."""
+    act = moe_ops.gate_up(x, gate, up, rows, offsets, limit=None)
+    limited = moe_ops.gate_up(x, gate, up, rows, offsets, limit=LIMIT)
+    return [act, limited, moe_ops.down(act, down, rows, offsets, weights), moe_ops.linear(x, gate[0])]
+
+
+def experts_inputs(part: str, dtype: DType) -> list[TensorType]:
+    """Every size has a name of its own, so that the ops are the ones to find a misfit."""
+    float_sizes = [("T", "H"), ("E", "M", "gate_H"), ("up_E", "up_M", "up_H"), ("down_E", "down_H", "down_M")]
+    x, *matrices = [[f"{part}_{size}" for size in sizes] for sizes in float_sizes]
+    return [
+        tensor(*x),
+        *(tensor(*sizes, dtype=dtype) for sizes in matrices),
+        tensor(f"{part}_TK", dtype=DType.int32),
+        tensor(f"{part}_E1", dtype=DType.int32),
+        tensor(f"{part}_weights_T", f"{part}_K"),
+    ]
+
+
+PARTS = {
+    "router": (router, [tensor("T", "E"), tensor("B"), tensor("K")]),
+    "grouping": (grouping, [tensor("group_T", "group_K", dtype=DType.int32), tensor("group_E")]),
+    "float32": (experts, experts_inputs("float32", DType.float32)),
+    "bfloat16": (experts, experts_inputs("bfloat16", DType.bfloat16)),
+}
+
+
+class Ops:
+    """All parts in one compiled graph; a call runs one of them, the others on operands without tokens."""
+
+    def __init__(self) -> None:
+        self.idle: dict[str, Operands] = {
+            "router": [np.zeros((0, 1), np.float32), np.zeros(1, np.float32), np.zeros(1, np.float32)],
+            "grouping": [np.zeros((0, 1), np.int32), np.zeros(1, np.float32)],
+        }
+        for dtype in (DType.float32, DType.bfloat16):
+            self.idle[dtype.name] = Layer(np.random.default_rng(), dtype, (0, 1, 1, 1, 1), 1).operands()
+        self.outputs: dict[str, slice] = {}
+        types = [of_input for _, inputs in PARTS.values() for of_input in inputs]
+        with Graph("moe_ops", input_types=types, custom_extensions=[moe_ops.kernels_path()]) as graph:
+            values = iter([v.tensor for v in graph.inputs])
+            results: list[TensorValue] = []
+            for name, (build, inputs) in PARTS.items():
+                outputs = build(*(next(values) for _ in inputs))
+                self.outputs[name] = slice(len(results), len(results) + len(outputs))
+                results += outputs
+            graph.output(*results)
+        self.model = InferenceSession(devices=[CPU()]).load(graph)
+
+    def execute(self, part: str, *operands: Array | Buffer) -> list[Array]:
+        given = self.idle | {part: list(operands)}
+        buffers = [v if isinstance(v, Buffer) else Buffer.from_numpy(v) for name in PARTS for v in given[name]]
+        return [output.to_numpy() for output in self.model.execute(*buffers)[self.outputs[part]]]
+
+    def run(self, part: str, *operands: Array | Buffer) -> list[Array]:
+        """Executes on freed memory full of NaN."""
+        nan = [np.full_like(v, np.nan) if isinstance(v, np.ndarray) and v.dtype == np.float32 else v for v in operands]
+        self.execute(part, *nan)
+        return self.execute(part, *operands)
+
+
+@pytest.fixture(scope="session")
+def ops() -> Ops:
+    return Ops()
+
+
+@pytest.fixture(params=[DType.float32, DType.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> DType:
+    """Type of the experts' weights."""
+    return request.param
+
+
+def as_bfloat16(values: Array) -> Buffer:
+    """A bfloat16 buffer of float32 values that bfloat16 can hold."""
+    halves = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
+    return Buffer.from_numpy(halves).view(DType.bfloat16, values.shape)
+
+
+def grouped(ids: Array, num_experts: int) -> tuple[Array, Array]:
+    """Assignments by expert, in order, and where each expert starts."""
+    flat = ids.reshape(-1)
+    rows = np.concatenate([np.flatnonzero(flat == e) for e in range(num_experts)])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=num_experts))])
+    return rows.astype(np.int32), offsets.astype(np.int32)
+
+
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+class Layer:
+    """Random operands of the experts, their results in float64, and the same operands for the ops."""
+
+    def __init__(
+        self, rng: np.random.Generator, dtype: DType, sizes: tuple[int, int, int, int, int], choose_from: int
+    ) -> None:
+        tokens, num_experts, top_k, hidden, width = sizes
+        self.dtype = dtype
+        self.x = rng.standard_normal((tokens, hidden), np.float32)
+        self.gate, self.up = (self._weights(rng, (num_experts, width, hidden)) for _ in range(2))
+        self.down = self._weights(rng, (num_experts, hidden, width))
+        pool = rng.permutation(num_experts)[:choose_from]
+        self.ids = np.array([rng.permutation(pool)[:top_k] for _ in range(tokens)], np.int32).reshape(tokens, top_k)
+        self.weights = rng.uniform(0.1, 1.0, (tokens, top_k)).astype(np.float32)
+        self.rows, self.offsets = grouped(self.ids, num_experts)
+
+    def _weights(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        values = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
+        if self.dtype == DType.bfloat16:
+            values = (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        return values
+
+    def operands(self) -> Operands:
+        stored = [self.gate, self.up, self.down]
+        cast = [as_bfloat16(v) for v in stored] if self.dtype == DType.bfloat16 else stored
+        return [self.x, *cast, self.rows, self.offsets, self.weights]
+
+    def keep(self, tokens: int) -> None:
+        """Drops all but the first tokens."""
+        self.x, self.ids, self.weights = self.x[:tokens], self.ids[:tokens], self.weights[:tokens]
+        self.rows, self.offsets = grouped(self.ids, len(self.gate))
+
+    def expected(self) -> list[Array]:
+        x, gate, up, down, weights = (
+            v.astype(np.float64) for v in (self.x, self.gate, self.up, self.down, self.weights)
+        )
+        top_k = self.ids.shape[1]
+        act, limited = (np.empty((self.rows.size, gate.shape[1])) for _ in range(2))
+        y = np.zeros_like(x)
+        for slot, a in enumerate(self.rows):
+            token, k = divmod(int(a), top_k)
+            e = self.ids[token, k]
+            g, u = gate[e] @ x[token], up[e] @ x[token]
+            act[slot] = silu(g) * u
+            limited[slot] = np.minimum(silu(g), LIMIT) * np.clip(u, -LIMIT, LIMIT)
+            y[token] += weights[token, k] * (down[e] @ act[slot])
+        return [act, limited, y, x @ gate[0].T]
+
+
+def assert_close(found: Array, expected: Array) -> None:
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max(initial=1e-3))
+
+
+EXPERT_CASES = {  # tokens, experts, top_k, hidden size, intermediate size; experts to choose from
+    "one token": ((1, 16, 4, 64, 48), 16),
+    "one of everything": ((1, 1, 1, 1, 1), 1),
+    "widths below a vector": ((2, 5, 2, 5, 3), 5),
+    "odd widths": ((7, 5, 3, 37, 29), 5),
+    "odd widths, full tiles": ((8, 16, 16, 130, 67), 16),
+    "all tokens on one of many experts": ((9, 288, 1, 33, 20), 1),
+    "few of many experts": ((64, 288, 8, 17, 31), 11),
+    "every expert many tokens": ((64, 5, 5, 100, 50), 5),
+    "many tokens, one long expert": ((300, 1, 1, 1031, 70), 1),
+    "many tokens, many experts": ((300, 288, 8, 48, 40), 288),
+    "many tokens, top 16": ((300, 16, 16, 21, 19), 16),
+}
+
+
+@pytest.mark.parametrize(("sizes", "choose_from"), EXPERT_CASES.values(), ids=EXPERT_CASES)
+def test_experts_and_linear_equal_float64(
+    ops: Ops, dtype: DType, sizes: tuple[int, int, int, int, int], choose_from: int, rng: np.random.Generator
+) -> None:
+    layer = Layer(rng, dtype, sizes, choose_from)
+    for found, expected in zip(ops.run(dtype.name, *layer.operands()), layer.expected(), strict=True):
+        assert_close(found, expected)
+
+
+def test_the_limit_clamps_gate_from_above_and_up_on_both_sides(
+    ops: Ops, dtype: DType, rng: np.random.Generator
+) -> None:
+    layer = Layer(rng, dtype, (64, 5, 3, 40, 36), 5)
+    act, limited, _, _ = ops.run(dtype.name, *layer.operands())
+    assert np.abs(limited).max() <= np.float32(LIMIT) * np.float32(LIMIT)
+    assert np.abs(act).max() > 1
+    assert limited.max() == np.float32(LIMIT) * np.float32(LIMIT) == -limited.min()
+
+
+def test_the_same_input_gives_the_same_bits(ops: Ops, dtype: DType, rng: np.random.Generator) -> None:
+    layer = Layer(rng, dtype, (64, 16, 8, 130, 67), 16)
+    for first, second in zip(
+        ops.run(dtype.name, *layer.operands()), ops.run(dtype.name, *layer.operands()), strict=True
+    ):
+        assert first.tobytes() == second.tobytes()
+
+
+def test_a_token_has_the_same_bits_in_any_batch(ops: Ops, dtype: DType, rng: np.random.Generator) -> None:
+    layer = Layer(rng, dtype, (300, 8, 4, 130, 67), 8)
+    _, _, y, product = ops.run(dtype.name, *layer.operands())
+    for tokens in (50, 3, 1):
+        layer.keep(tokens)
+        _, _, y_few, product_few = ops.run(dtype.name, *layer.operands())
+        assert y_few.tobytes() == y[:tokens].tobytes()
+        assert product_few.tobytes() == product[:tokens].tobytes()
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 300])
+def test_nan_stays_in_its_token(ops: Ops, dtype: DType, tokens: int, rng: np.random.Generator) -> None:
+    layer = Layer(rng, dtype, (tokens, 5, 3, 40, 36), 5)
+    clean = ops.run(dtype.name, *layer.operands())
+    broken = int(rng.integers(tokens))
+    layer.x[broken, rng.integers(40)] = np.nan
+    act, limited, y, product = ops.run(dtype.name, *layer.operands())
+    of_broken = layer.rows // 3 == broken
+    for found, expected, bad in (
+        (act, clean[0], of_broken),
+        (limited, clean[1], of_broken),
+        (y, clean[2], np.arange(tokens) == broken),
+        (product, clean[3], np.arange(tokens) == broken),
+    ):
+        assert np.isnan(found[bad]).all()
+        assert found[~bad].tobytes() == expected[~bad].tobytes()
+
+
+def test_no_tokens_give_empty_results(ops: Ops, dtype: DType, rng: np.random.Generator) -> None:
+    layer = Layer(rng, dtype, (0, 5, 2, 8, 6), 5)
+    assert [v.shape for v in ops.run(dtype.name, *layer.operands())] == [(0, 6), (0, 6), (0, 8), (0, 6)]
+
+
+ROUTER_SIZES = [(1, 1, 1), (2, 5, 3), (7, 16, 16), (8, 288, 8), (64, 288, 16), (300, 64, 8)]
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), ROUTER_SIZES)
+def test_router_equals_float64(ops: Ops, tokens: int, num_experts: int, top_k: int, rng: np.random.Generator) -> None:
+    # Scores and their distances to one another are far above float32's rounding, so the choice is unique.
+    scores = rng.permuted(np.tile(np.linspace(0.01, 0.99, num_experts), (tokens, 1)), axis=1)
+    logits = np.log(scores / (1 - scores)).astype(np.float32)
+    bias = (rng.permutation(num_experts) * 1.7 / num_experts).astype(np.float32)
+    s = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    choice = s + bias
+    distinct = [t for t in range(tokens) if np.diff(np.sort(choice[t])).min(initial=1) > 1e-6]
+    assert len(distinct) >= tokens // 2
+    expected = np.argsort(-choice, axis=1, kind="stable")[:, :top_k]
+    ids, weights, plain, rows, offsets = ops.run("router", logits, bias, np.zeros(top_k, np.float32))
+    np.testing.assert_array_equal(ids[distinct], expected[distinct])
+    chosen = np.take_along_axis(s, ids.astype(np.int64), 1)
+    np.testing.assert_allclose(plain, chosen, rtol=1.2e-7)
+    np.testing.assert_allclose(weights, SCALE * chosen / (chosen.sum(1, keepdims=True) + 1e-20), rtol=2e-6)
+    expected_rows, expected_offsets = grouped(ids, num_experts)
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_array_equal(offsets, expected_offsets)
+
+
+def test_scores_are_float32s_nearest(ops: Ops, rng: np.random.Generator) -> None:
+    logits = rng.uniform(-80, 80, (500, 8)).astype(np.float32)
+    ids, _, plain, _, _ = ops.run("router", logits, np.zeros(8, np.float32), np.zeros(8, np.float32))
+    exact = 1 / (1 + np.exp(-np.take_along_axis(logits, ids.astype(np.int64), 1).astype(np.float64)))
+    np.testing.assert_array_max_ulp(plain, exact.astype(np.float32), maxulp=1)
+
+
+def test_equal_scores_choose_the_lower_expert_first(ops: Ops, rng: np.random.Generator) -> None:
+    logits = np.zeros((3, 20), np.float32)
+    logits[1, [4, 17]] = 2
+    logits[2] = -np.inf
+    ids = ops.run("router", logits, np.zeros(20, np.float32), np.zeros(5, np.float32))[0]
+    np.testing.assert_array_equal(ids, [[0, 1, 2, 3, 4], [4, 17, 0, 1, 2], [0, 1, 2, 3, 4]])
+
+
+def test_the_bias_chooses_but_does_not_weigh(ops: Ops) -> None:
+    bias = np.array([0, 0, -5, 5, -np.inf], np.float32)
+    ids, _, plain, _, _ = ops.run("router", np.zeros((1, 5), np.float32), bias, np.zeros(4, np.float32))
+    np.testing.assert_array_equal(ids, [[3, 0, 1, 2]])
+    np.testing.assert_array_equal(plain, np.full((1, 4), 0.5, np.float32))
+
+
+@pytest.mark.parametrize("broken_experts", [[3], list(range(16))], ids=["one", "all"])
+def test_router_keeps_nan_in_its_token(ops: Ops, broken_experts: list[int], rng: np.random.Generator) -> None:
+    logits, bias = rng.standard_normal((9, 16), np.float32), rng.standard_normal(16, np.float32)
+    top_k = np.zeros(16, np.float32)
+    clean = ops.run("router", logits, bias, top_k)
+    logits[4, broken_experts] = np.nan
+    ids, weights, plain, rows, offsets = ops.run("router", logits, bias, top_k)
+    others = np.arange(9) != 4
+    for found, expected in zip((ids, weights, plain), clean[:3], strict=True):
+        assert found[others].tobytes() == expected[others].tobytes()
+    assert np.isnan(weights[4]).all()
+    assert sorted(ids[4]) == list(range(16))
+    assert sorted(rows) == list(range(9 * 16))
+    np.testing.assert_array_equal(offsets, np.arange(17) * 9)
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 288, 8), (9, 5, 5), (300, 288, 16), (0, 7, 2)])
+def test_grouping_is_a_stable_sort_by_expert(
+    ops: Ops, tokens: int, num_experts: int, top_k: int, rng: np.random.Generator
+) -> None:
+    ids = rng.integers(0, num_experts, (tokens, top_k)).astype(np.int32)
+    rows, offsets = ops.run("grouping", ids, np.zeros(num_experts, np.float32))
+    expected_rows, expected_offsets = grouped(ids, num_experts)
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_array_equal(offsets, expected_offsets)
+
+
+def test_grouping_names_an_expert_that_does_not_exist(ops: Ops) -> None:
+    with pytest.raises(Exception, match=r"step3p5_moe_group: ids\[T, K\] holds expert 5, expected 0 to 4"):
+        ops.execute("grouping", np.array([[1, 5]], np.int32), np.zeros(5, np.float32))
+
+
+def test_routing_names_a_top_k_above_the_experts(ops: Ops) -> None:
+    with pytest.raises(Exception, match="step3p5_moe_route: top_k is 4, expected at most the 3 experts"):
+        ops.execute("router", np.zeros((1, 3), np.float32), np.zeros(3, np.float32), np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("operand", "axis", "message"),
+    [
+        (1, 2, r"step3p5_moe_gate_up: gate\[E, M, H\] dim H is 9, the other operands imply 8"),
+        (2, 1, r"step3p5_moe_gate_up: up\[E, M, H\] dim M is 7, the other operands imply 6"),
+        (3, 2, r"step3p5_moe_down: down\[E, H, M\] dim M is 7, the other operands imply 6"),
+        (5, 0, r"step3p5_moe_gate_up: offsets\[E\+1\] is 7, the other operands imply 6"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_named(
+    ops: Ops, operand: int, axis: int, message: str, rng: np.random.Generator
+) -> None:
+    operands = Layer(rng, DType.float32, (3, 5, 2, 8, 6), 5).operands()
+    array = operands[operand]
+    assert isinstance(array, np.ndarray)
+    operands[operand] = np.repeat(array, [1] * (array.shape[axis] - 1) + [2], axis=axis)
+    with pytest.raises(Exception, match=message):
+        ops.execute("float32", *operands)
