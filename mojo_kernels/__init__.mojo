@@ -1,4 +1,4 @@
-"""Custom ops of the mixture-of-experts layer: routing, grouping by expert, the experts, and a linear layer."""
+"""Custom ops of the mixture-of-experts layer: routing, grouping by expert, the experts, a dense gated layer and a linear one."""
 
 from .down import Step3p5MoeDown
 from .gate_up import Step3p5MoeGateUp
@@ -6,3 +6,4 @@ from .group import Step3p5MoeGroup
 from .linear import Step3p5Linear
 from .rope import Rope, RopeTable
 from .route import Step3p5MoeRoute
+from .swiglu import Step3p5Swiglu

@@ -9,6 +9,8 @@ from std.math import fma
 from std.sys import CompilationTarget, simd_width_of
 from std.sys.intrinsics import PrefetchOptions, prefetch
 
+from .operands import Elements, Floats
+
 comptime LANES = simd_width_of[DType.float32]()
 """Floats in a vector register."""
 
@@ -17,26 +19,23 @@ comptime Lanes = SIMD[DType.float32, LANES]
 comptime TILE_ROWS = 6
 """Weight rows of a tile."""
 
-comptime TILE_TOKENS = 2 if CompilationTarget.has_avx2() and LANES == 8 else 4
-"""Token rows of a full tile: its accumulators, tokens and one weight fill 16 registers (AVX2) or 32 (AVX-512, NEON)."""
+comptime TILE_TOKENS = 2 if CompilationTarget.is_x86() and LANES < 16 else 4
+"""Token rows of a full tile: its accumulators, tokens and one weight fit into 16 registers (x86 before AVX-512) or 32."""
 
 comptime TileSums = SIMD[DType.float32, 8]
 """Sums of one token with the rows of a tile; the last two lanes are padding."""
-
-comptime Floats = Pointer[Float32, MutUntrackedOrigin]
-comptime WeightRow[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
 
 comptime FETCH = PrefetchOptions().for_read().low_locality().to_data_cache()
 
 
 @always_inline
-def load_row[dtype: DType](row: WeightRow[dtype]) -> Lanes:
+def load_row[dtype: DType](row: Elements[dtype]) -> Lanes:
     """The next `LANES` values of a row, as float32."""
     return row.unsafe_load[width=LANES]().cast[DType.float32]()
 
 
 @always_inline
-def load_tail[dtype: DType](row: WeightRow[dtype], count: Int) -> Lanes:
+def load_tail[dtype: DType](row: Elements[dtype], count: Int) -> Lanes:
     """The last `count < LANES` values of a row, as float32, zeros behind them.
     """
     var values = Lanes(0)
@@ -64,7 +63,7 @@ struct DotTile[tokens: Int](Movable):
     ](
         mut self,
         x: Array[Floats, Self.tokens],
-        w: Array[WeightRow[dtype], TILE_ROWS],
+        w: Array[Elements[dtype], TILE_ROWS],
         depth: Int,
         ahead: Floats,
     ):
@@ -111,20 +110,18 @@ struct DotTile[tokens: Int](Movable):
             s[i]
             .join(s[i + 1])
             .join(s[i + 2].join(s[i + 3]))
-            .join(s[i + 4].join(s[i + 5]).join(SIMD[DType.float32, 2 * LANES](0)))
+            .join(
+                s[i + 4].join(s[i + 5]).join(SIMD[DType.float32, 2 * LANES](0))
+            )
         )
 
 
 @always_inline
-def reduce_pairs[
-    width: Int
-](values: SIMD[DType.float32, width]) -> TileSums:
+def reduce_pairs[width: Int](values: SIMD[DType.float32, width]) -> TileSums:
     """Sums eight rows of lanes that lie behind one another, neighbour with neighbour, to eight numbers.
     """
     comptime if width == 8:
         return rebind[TileSums](values)
     else:
         var even, odd = values.deinterleave()
-        return reduce_pairs(
-            rebind[SIMD[DType.float32, width // 2]](even + odd)
-        )
+        return reduce_pairs(rebind[SIMD[DType.float32, width // 2]](even + odd))

@@ -7,10 +7,9 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv, fma
 from std.sys import size_of
 
-from .checks import expect_size
-from .dot_tile import Floats, TILE_ROWS, TileSums, WeightRow
-from .gate_up import Ids
+from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
+from .operands import Elements, Floats, Ids, elements, expect_size
 from .tasks import share, task_count
 
 
@@ -22,7 +21,7 @@ struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
 
     var y: Floats
     var act: Floats
-    var down: WeightRow[Self.weight_dtype]
+    var down: Elements[Self.weight_dtype]
     var rows: Ids
     var weights: Floats
     var top_k: Int
@@ -43,9 +42,7 @@ struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
         return self.act.unsafe_offset(slot * self.intermediate_size)
 
     @always_inline
-    def w_row(
-        self, expert: Int, tile: Int, row: Int
-    ) -> WeightRow[Self.dtype]:
+    def w_row(self, expert: Int, tile: Int, row: Int) -> Elements[Self.dtype]:
         var h = min(tile + row * self.tiles(), self.hidden_size - 1)
         return self.down.unsafe_offset(
             (expert * self.hidden_size + h) * self.intermediate_size
@@ -77,12 +74,7 @@ struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
 
 def down_cpu[
     dtype: DType
-](
-    product: Down[dtype],
-    offsets: Ids,
-    tokens: Int,
-    experts: Int,
-):
+](product: Down[dtype], offsets: Ids, tokens: Int, experts: Int):
     """Every task owns columns of `y` and adds the experts in order: the order of a sum depends on nothing else.
     """
     var hit = 0
@@ -90,10 +82,7 @@ def down_cpu[
         hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
     var tiles = product.tiles()
     var bytes = (
-        hit
-        * product.hidden_size
-        * product.intermediate_size
-        * size_of[dtype]()
+        hit * product.hidden_size * product.intermediate_size * size_of[dtype]()
     )
     var tasks = task_count(tiles, bytes)
 
@@ -111,7 +100,8 @@ def down_cpu[
 
 @extensibility.register("step3p5_moe_down")
 struct Step3p5MoeDown:
-    """`y_t = sum_k weights[t, k] * (down_e act)`, summed in float32 in ascending order of the experts."""
+    """`y_t = sum_k weights[t, k] * (down_e act)`, summed in float32 in ascending order of the experts.
+    """
 
     @staticmethod
     def execute[
@@ -165,16 +155,16 @@ struct Step3p5MoeDown:
         comptime assert target == "cpu", "step3p5_moe_down: CPU only"
         down_cpu(
             Down[dtype](
-                y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                act.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                down.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                rows.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                weights.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                elements(y.unsafe_ptr()),
+                elements(act.unsafe_ptr()),
+                elements(down.unsafe_ptr()),
+                elements(rows.unsafe_ptr()),
+                elements(weights.unsafe_ptr()),
                 weights.dim_size(1),
                 y.dim_size(1),
                 act.dim_size(1),
             ),
-            offsets.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            elements(offsets.unsafe_ptr()),
             y.dim_size(0),
             down.dim_size(0),
         )

@@ -8,27 +8,26 @@ from std.math import ceildiv, exp
 from std.sys import size_of
 from std.utils.numerics import inf
 
-from .checks import expect_size
-from .dot_tile import Floats, TILE_ROWS, TileSums, WeightRow
+from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
+from .operands import Elements, Floats, Ids, elements, expect_size
 from .tasks import share, task_count
 
 comptime GATE_ROWS = TILE_ROWS // 2
 """Rows of `gate` in a tile, and as many of `up`: the number of strips of each."""
 
-comptime Ids = Pointer[Int32, MutUntrackedOrigin]
-
 
 @fieldwise_init
 struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
-    """A tile is three rows of `gate`, one a strip, and the same three of `up`."""
+    """A tile is three rows of `gate`, one a strip, and the same three of `up`.
+    """
 
     comptime dtype = Self.weight_dtype
 
     var act: Floats
     var x: Floats
-    var gate: WeightRow[Self.weight_dtype]
-    var up: WeightRow[Self.weight_dtype]
+    var gate: Elements[Self.weight_dtype]
+    var up: Elements[Self.weight_dtype]
     var rows: Ids
     var top_k: Int
     var hidden_size: Int
@@ -50,9 +49,7 @@ struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
         return self.x.unsafe_offset(token * self.hidden_size)
 
     @always_inline
-    def w_row(
-        self, expert: Int, tile: Int, row: Int
-    ) -> WeightRow[Self.dtype]:
+    def w_row(self, expert: Int, tile: Int, row: Int) -> Elements[Self.dtype]:
         var m = min(
             tile + row % GATE_ROWS * self.tiles(), self.intermediate_size - 1
         )
@@ -79,11 +76,7 @@ struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
 
 def gate_up_cpu[
     dtype: DType
-](
-    product: GateUp[dtype],
-    offsets: Ids,
-    experts: Int,
-):
+](product: GateUp[dtype], offsets: Ids, experts: Int):
     """Cuts the tiles of all experts that have tokens into tasks of equal cost.
     """
     comptime tile_cost = 8  # in tokens: reading the weights of a tile
@@ -99,9 +92,7 @@ def gate_up_cpu[
             cost += (tokens + tile_cost) * tiles
     if cost == 0:
         return
-    var bytes = (
-        hit * tiles * TILE_ROWS * product.hidden_size * size_of[dtype]()
-    )
+    var bytes = hit * tiles * TILE_ROWS * product.hidden_size * size_of[dtype]()
     var tasks = task_count(hit * tiles, bytes)
 
     def task(index: Int) {imm}:
@@ -125,7 +116,8 @@ def gate_up_cpu[
 
 @extensibility.register("step3p5_moe_gate_up")
 struct Step3p5MoeGateUp:
-    """`act[a] = silu(gate_e x_t) * (up_e x_t)` for every assignment of a token `t` to an expert `e`."""
+    """`act[a] = silu(gate_e x_t) * (up_e x_t)` for every assignment of a token `t` to an expert `e`.
+    """
 
     @staticmethod
     def execute[
@@ -153,7 +145,7 @@ struct Step3p5MoeGateUp:
             up: Up matrices `[E, M, H]`.
             rows: Assignments `t * K + k` grouped by expert `[T * K]`.
             offsets: First assignment of every expert in `rows`, and the end `[E + 1]`.
-            limit: `L > 0`: `min(silu(gate x), L) * clamp(up x, -L, L)`; 0: no limit.
+            limit: `L > 0`: `min(silu(gate x), L) * clamp(up x, -L, L)`; 0 or infinite: no limit.
             ctx: The device.
         """
         comptime op = "step3p5_moe_gate_up"
@@ -176,16 +168,16 @@ struct Step3p5MoeGateUp:
         comptime assert target == "cpu", "step3p5_moe_gate_up: CPU only"
         gate_up_cpu(
             GateUp[dtype](
-                act.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                gate.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                up.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                rows.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                elements(act.unsafe_ptr()),
+                elements(x.unsafe_ptr()),
+                elements(gate.unsafe_ptr()),
+                elements(up.unsafe_ptr()),
+                elements(rows.unsafe_ptr()),
                 top_k,
                 x.dim_size(1),
                 gate.dim_size(1),
                 limit if limit > 0 else inf[DType.float32](),
             ),
-            offsets.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            elements(offsets.unsafe_ptr()),
             gate.dim_size(0),
         )

@@ -3,7 +3,7 @@
 import extensibility
 from extensibility import InputTensor, OutputTensor
 
-from .checks import expect_size
+from .operands import expect_size
 
 
 @extensibility.register("step3p5_moe_group")
@@ -41,7 +41,11 @@ struct Step3p5MoeGroup:
             var e = Int(expert_of[unsafe_offset=a])
             if e < 0 or e >= experts:
                 raise Error(
-                    op, ": ids[T, K] holds expert ", e, ", expected 0 to ", experts - 1
+                    op,
+                    ": ids[T, K] holds expert ",
+                    e,
+                    ", expected 0 to ",
+                    experts - 1,
                 )
             starts[unsafe_offset=e + 1] += 1
         for e in range(experts):

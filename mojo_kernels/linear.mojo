@@ -7,21 +7,22 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.sys import size_of
 
-from .checks import expect_size
-from .dot_tile import Floats, TILE_ROWS, TileSums, WeightRow
+from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
+from .operands import Elements, Floats, elements, expect_size
 from .tasks import share, task_count
 
 
 @fieldwise_init
 struct Linear[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
-    """One expert that has every token; a tile is six rows of `w`, one a strip."""
+    """One expert that has every token; a tile is six rows of `w`, one a strip.
+    """
 
     comptime dtype = Self.weight_dtype
 
     var y: Floats
     var x: Floats
-    var w: WeightRow[Self.weight_dtype]
+    var w: Elements[Self.weight_dtype]
     var in_features: Int
     var out_features: Int
 
@@ -39,9 +40,7 @@ struct Linear[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
         return self.x.unsafe_offset(slot * self.in_features)
 
     @always_inline
-    def w_row(
-        self, expert: Int, tile: Int, row: Int
-    ) -> WeightRow[Self.dtype]:
+    def w_row(self, expert: Int, tile: Int, row: Int) -> Elements[Self.dtype]:
         var n = min(tile + row * self.tiles(), self.out_features - 1)
         return self.w.unsafe_offset(n * self.in_features)
 
@@ -54,14 +53,10 @@ struct Linear[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
                 to[unsafe_offset=n] = sums[j]
 
 
-def linear_cpu[
-    dtype: DType
-](product: Linear[dtype], tokens: Int):
+def linear_cpu[dtype: DType](product: Linear[dtype], tokens: Int):
     """Every task owns columns of `y`."""
     var tiles = product.tiles()
-    var bytes = (
-        product.out_features * product.in_features * size_of[dtype]()
-    )
+    var bytes = product.out_features * product.in_features * size_of[dtype]()
     var tasks = task_count(tiles, bytes)
 
     def task(index: Int) {imm}:
@@ -110,9 +105,9 @@ struct Step3p5Linear:
         comptime assert target == "cpu", "step3p5_linear: CPU only"
         linear_cpu(
             Linear[dtype](
-                y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                elements(y.unsafe_ptr()),
+                elements(x.unsafe_ptr()),
+                elements(w.unsafe_ptr()),
                 x.dim_size(1),
                 w.dim_size(0),
             ),

@@ -8,8 +8,7 @@ from std.math import exp
 from std.memory import bitcast
 from std.utils.numerics import isnan
 
-from .checks import expect_size
-from .dot_tile import Floats
+from .operands import expect_size
 from .tasks import share, task_count
 
 
@@ -34,7 +33,8 @@ def order_key(score: Float32) -> Int32:
 
 @extensibility.register("step3p5_moe_route")
 struct Step3p5MoeRoute:
-    """The `K` experts with the largest `sigmoid(logits) + bias`, weighted by `sigmoid(logits)`."""
+    """The `K` experts with the largest `sigmoid(logits) + bias`, weighted by `sigmoid(logits)`.
+    """
 
     @staticmethod
     def execute[
@@ -71,7 +71,12 @@ struct Step3p5MoeRoute:
         expect_size(op, "weights[T, K] dim K", weights.dim_size(1), top_k)
         if top_k > experts:
             raise Error(
-                op, ": top_k is ", top_k, ", expected at most the ", experts, " experts"
+                op,
+                ": top_k is ",
+                top_k,
+                ", expected at most the ",
+                experts,
+                " experts",
             )
         comptime assert target == "cpu", "step3p5_moe_route: CPU only"
         # A score costs about as much as reading 16 numbers.

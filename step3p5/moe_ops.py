@@ -11,7 +11,8 @@ from max.graph import DeviceRef, Dim, DimLike, TensorType, TensorValue, ops
 
 from .custom_ops import custom_op, kernels_path
 
-__all__ = ["down", "gate_up", "group", "kernels_path", "linear", "route"]
+__all__ = ["down", "gate_up", "group", "kernels_path", "linear", "route", "swiglu"]
+
 
 def route(
     logits: TensorValue, bias: TensorValue, *, top_k: DimLike, normalize: bool, scale: float
@@ -121,6 +122,16 @@ def linear(x: TensorValue, w: TensorValue) -> TensorValue:
         x.device,
         [x, w],
         [TensorType(DType.float32, (x.shape[0], w.shape[0]), x.device)],
+    )[0]
+
+
+def swiglu(x: TensorValue, gate: TensorValue, up: TensorValue, limit: TensorValue) -> TensorValue:
+    """`gate_up` for one expert that has every token: `x [T, H]`, `gate` and `up [M, H]`, `limit` as there: `[T, M]`."""
+    return custom_op(
+        "step3p5_swiglu",
+        x.device,
+        [x, gate, up, limit],
+        [TensorType(DType.float32, (x.shape[0], gate.shape[0]), x.device)],
     )[0]
 
 

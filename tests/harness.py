@@ -72,6 +72,17 @@ class Runner:
         settings: dict[str, object] = {"custom_architectures": ["pipelines_registry"], "max_length": 1024} | options
         self.model = AutoModel(str(folder), max_batch_size=max_batch_size, devices="cpu", **settings)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the tokenizer knows; the vocabulary may have more rows."""
+        return int(self.model.pipeline.tokenizer.tokenizer_vocab_size)
+
+    def cached_blocks(self, prompt: Prompt) -> int:
+        """Blocks of `prompt` that the prefix cache holds."""
+        context = self._context(prompt, 1, [])
+        hits = self.model.pipeline.kv_manager.get_prefix_cache_hit_counts(context)
+        return sum(hit.total_blocks for hit in hits)
+
     def run(
         self, prompts: Sequence[Prompt], steps: int = 1, chunk: int | None = None
     ) -> tuple[list[Prompt], list[Logits]]:

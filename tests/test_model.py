@@ -47,7 +47,7 @@ def test_a_cached_prefix_gives_the_same_logits(tiny: Path, tiny_reference: Refer
         while not is_clear(tiny_reference, prompt):
             prompt = prefix + clear_prompt(tiny_reference, rng, tail)
         check_requests(runner, tiny_reference, [prompt], steps=4)
-    assert runner.cached_tokens() > 0, "no prefix was taken from the cache"
+        assert runner.cached_blocks(prefix) > 0, "nothing of the prefix is in the cache"
 
 
 def test_the_same_prompt_gives_the_same_bits(tiny_model: Runner, rng: np.random.Generator) -> None:
@@ -67,7 +67,8 @@ def check_requests(
         compared = steps if is_clear(reference, sequence) else clear_steps(reference, prompt, tokens)
         want = reference.logits(sequence)[len(prompt) - 1 :]
         assert_close(got[:compared], want[:compared])
-        assert tokens[:compared] == want[:compared].argmax(axis=-1).tolist()
+        # MAX never samples an id that the tokenizer has no token for.
+        assert tokens[:compared] == want[:compared, : runner.num_tokens].argmax(axis=-1).tolist()
 
 
 def clear_steps(reference: Reference, prompt: list[int], tokens: list[int]) -> int:

@@ -14,7 +14,7 @@ import pytest
 from max.driver import CPU, Buffer
 from max.dtype import DType
 from max.engine import InferenceSession
-from max.graph import DeviceRef, Graph, TensorType, TensorValue
+from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
 from step3p5 import moe_ops
 
@@ -50,10 +50,12 @@ def experts(
     offsets: TensorValue,
     weights: TensorValue,
 ) -> list[TensorValue]:
-    """-> act, act with a limit, y, and x w^T for the weights of `linear`, here the first gate matrix."""
-    act = moe_ops.gate_up(x, gate, up, rows, offsets, limit=None)
-    limited = moe_ops.gate_up(x, gate, up, rows, offsets, limit=LIMIT)
-    return [act, limited, moe_ops.down(act, down, rows, offsets, weights), moe_ops.linear(x, gate[0])]
+    """-> act, act with a limit, y, and `linear` and `swiglu` of x with the first expert's matrices."""
+    none, limit = (ops.constant(value, DType.float32, device=DeviceRef.CPU()) for value in (np.inf, LIMIT))
+    act = moe_ops.gate_up(x, gate, up, rows, offsets, none)
+    limited = moe_ops.gate_up(x, gate, up, rows, offsets, limit)
+    y = moe_ops.down(act, down, rows, offsets, weights)
+    return [act, limited, y, moe_ops.linear(x, gate[0]), moe_ops.swiglu(x, gate[0], up[0], limit)]
 
 
 def experts_inputs(part: str, dtype: DType) -> list[TensorType]:
@@ -112,7 +114,7 @@ class Ops:
 
 
 @pytest.fixture(scope="session")
-def ops() -> Ops:
+def kernels() -> Ops:
     return Ops()
 
 
@@ -186,7 +188,9 @@ class Layer:
             act[slot] = silu(g) * u
             limited[slot] = np.minimum(silu(g), LIMIT) * np.clip(u, -LIMIT, LIMIT)
             y[token] += weights[token, k] * (down[e] @ act[slot])
-        return [act, limited, y, x @ gate[0].T]
+        product = x @ gate[0].T
+        swiglu = np.minimum(silu(product), LIMIT) * np.clip(x @ up[0].T, -LIMIT, LIMIT)
+        return [act, limited, y, product, swiglu]
 
 
 def assert_close(found: Array, expected: Array) -> None:
@@ -210,70 +214,74 @@ EXPERT_CASES = {  # tokens, experts, top_k, hidden size, intermediate size; expe
 
 
 @pytest.mark.parametrize(("sizes", "choose_from"), EXPERT_CASES.values(), ids=EXPERT_CASES)
-def test_experts_and_linear_equal_float64(
-    ops: Ops, dtype: DType, sizes: tuple[int, int, int, int, int], choose_from: int, rng: np.random.Generator
+def test_experts_and_dense_layers_equal_float64(
+    kernels: Ops, dtype: DType, sizes: tuple[int, int, int, int, int], choose_from: int, rng: np.random.Generator
 ) -> None:
     layer = Layer(rng, dtype, sizes, choose_from)
-    for found, expected in zip(ops.run(dtype.name, *layer.operands()), layer.expected(), strict=True):
+    for found, expected in zip(kernels.run(dtype.name, *layer.operands()), layer.expected(), strict=True):
         assert_close(found, expected)
 
 
 def test_the_limit_clamps_gate_from_above_and_up_on_both_sides(
-    ops: Ops, dtype: DType, rng: np.random.Generator
+    kernels: Ops, dtype: DType, rng: np.random.Generator
 ) -> None:
     layer = Layer(rng, dtype, (64, 5, 3, 40, 36), 5)
-    act, limited, _, _ = ops.run(dtype.name, *layer.operands())
+    act, limited, *_ = kernels.run(dtype.name, *layer.operands())
     assert np.abs(limited).max() <= np.float32(LIMIT) * np.float32(LIMIT)
     assert np.abs(act).max() > 1
     assert limited.max() == np.float32(LIMIT) * np.float32(LIMIT) == -limited.min()
 
 
-def test_the_same_input_gives_the_same_bits(ops: Ops, dtype: DType, rng: np.random.Generator) -> None:
+def test_the_same_input_gives_the_same_bits(kernels: Ops, dtype: DType, rng: np.random.Generator) -> None:
     layer = Layer(rng, dtype, (64, 16, 8, 130, 67), 16)
     for first, second in zip(
-        ops.run(dtype.name, *layer.operands()), ops.run(dtype.name, *layer.operands()), strict=True
+        kernels.run(dtype.name, *layer.operands()), kernels.run(dtype.name, *layer.operands()), strict=True
     ):
         assert first.tobytes() == second.tobytes()
 
 
-def test_a_token_has_the_same_bits_in_any_batch(ops: Ops, dtype: DType, rng: np.random.Generator) -> None:
+def test_a_token_has_the_same_bits_in_any_batch(kernels: Ops, dtype: DType, rng: np.random.Generator) -> None:
     layer = Layer(rng, dtype, (300, 8, 4, 130, 67), 8)
-    _, _, y, product = ops.run(dtype.name, *layer.operands())
+    _, _, y, product, gated = kernels.run(dtype.name, *layer.operands())
     for tokens in (50, 3, 1):
         layer.keep(tokens)
-        _, _, y_few, product_few = ops.run(dtype.name, *layer.operands())
+        _, _, y_few, product_few, gated_few = kernels.run(dtype.name, *layer.operands())
         assert y_few.tobytes() == y[:tokens].tobytes()
         assert product_few.tobytes() == product[:tokens].tobytes()
+        assert gated_few.tobytes() == gated[:tokens].tobytes()
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 300])
-def test_nan_stays_in_its_token(ops: Ops, dtype: DType, tokens: int, rng: np.random.Generator) -> None:
+def test_nan_stays_in_its_token(kernels: Ops, dtype: DType, tokens: int, rng: np.random.Generator) -> None:
     layer = Layer(rng, dtype, (tokens, 5, 3, 40, 36), 5)
-    clean = ops.run(dtype.name, *layer.operands())
+    clean = kernels.run(dtype.name, *layer.operands())
     broken = int(rng.integers(tokens))
     layer.x[broken, rng.integers(40)] = np.nan
-    act, limited, y, product = ops.run(dtype.name, *layer.operands())
+    act, limited, y, product, gated = kernels.run(dtype.name, *layer.operands())
     of_broken = layer.rows // 3 == broken
     for found, expected, bad in (
         (act, clean[0], of_broken),
         (limited, clean[1], of_broken),
         (y, clean[2], np.arange(tokens) == broken),
         (product, clean[3], np.arange(tokens) == broken),
+        (gated, clean[4], np.arange(tokens) == broken),
     ):
         assert np.isnan(found[bad]).all()
         assert found[~bad].tobytes() == expected[~bad].tobytes()
 
 
-def test_no_tokens_give_empty_results(ops: Ops, dtype: DType, rng: np.random.Generator) -> None:
+def test_no_tokens_give_empty_results(kernels: Ops, dtype: DType, rng: np.random.Generator) -> None:
     layer = Layer(rng, dtype, (0, 5, 2, 8, 6), 5)
-    assert [v.shape for v in ops.run(dtype.name, *layer.operands())] == [(0, 6), (0, 6), (0, 8), (0, 6)]
+    assert [v.shape for v in kernels.run(dtype.name, *layer.operands())] == [(0, 6), (0, 6), (0, 8), (0, 6), (0, 6)]
 
 
 ROUTER_SIZES = [(1, 1, 1), (2, 5, 3), (7, 16, 16), (8, 288, 8), (64, 288, 16), (300, 64, 8)]
 
 
 @pytest.mark.parametrize(("tokens", "num_experts", "top_k"), ROUTER_SIZES)
-def test_router_equals_float64(ops: Ops, tokens: int, num_experts: int, top_k: int, rng: np.random.Generator) -> None:
+def test_router_equals_float64(
+    kernels: Ops, tokens: int, num_experts: int, top_k: int, rng: np.random.Generator
+) -> None:
     # Scores and their distances to one another are far above float32's rounding, so the choice is unique.
     scores = rng.permuted(np.tile(np.linspace(0.01, 0.99, num_experts), (tokens, 1)), axis=1)
     logits = np.log(scores / (1 - scores)).astype(np.float32)
@@ -283,7 +291,7 @@ def test_router_equals_float64(ops: Ops, tokens: int, num_experts: int, top_k: i
     distinct = [t for t in range(tokens) if np.diff(np.sort(choice[t])).min(initial=1) > 1e-6]
     assert len(distinct) >= tokens // 2
     expected = np.argsort(-choice, axis=1, kind="stable")[:, :top_k]
-    ids, weights, plain, rows, offsets = ops.run("router", logits, bias, np.zeros(top_k, np.float32))
+    ids, weights, plain, rows, offsets = kernels.run("router", logits, bias, np.zeros(top_k, np.float32))
     np.testing.assert_array_equal(ids[distinct], expected[distinct])
     chosen = np.take_along_axis(s, ids.astype(np.int64), 1)
     np.testing.assert_allclose(plain, chosen, rtol=1.2e-7)
@@ -293,35 +301,35 @@ def test_router_equals_float64(ops: Ops, tokens: int, num_experts: int, top_k: i
     np.testing.assert_array_equal(offsets, expected_offsets)
 
 
-def test_scores_are_float32s_nearest(ops: Ops, rng: np.random.Generator) -> None:
+def test_scores_are_float32s_nearest(kernels: Ops, rng: np.random.Generator) -> None:
     logits = rng.uniform(-80, 80, (500, 8)).astype(np.float32)
-    ids, _, plain, _, _ = ops.run("router", logits, np.zeros(8, np.float32), np.zeros(8, np.float32))
+    ids, _, plain, _, _ = kernels.run("router", logits, np.zeros(8, np.float32), np.zeros(8, np.float32))
     exact = 1 / (1 + np.exp(-np.take_along_axis(logits, ids.astype(np.int64), 1).astype(np.float64)))
     np.testing.assert_array_max_ulp(plain, exact.astype(np.float32), maxulp=1)
 
 
-def test_equal_scores_choose_the_lower_expert_first(ops: Ops, rng: np.random.Generator) -> None:
+def test_equal_scores_choose_the_lower_expert_first(kernels: Ops, rng: np.random.Generator) -> None:
     logits = np.zeros((3, 20), np.float32)
     logits[1, [4, 17]] = 2
     logits[2] = -np.inf
-    ids = ops.run("router", logits, np.zeros(20, np.float32), np.zeros(5, np.float32))[0]
+    ids = kernels.run("router", logits, np.zeros(20, np.float32), np.zeros(5, np.float32))[0]
     np.testing.assert_array_equal(ids, [[0, 1, 2, 3, 4], [4, 17, 0, 1, 2], [0, 1, 2, 3, 4]])
 
 
-def test_the_bias_chooses_but_does_not_weigh(ops: Ops) -> None:
+def test_the_bias_chooses_but_does_not_weigh(kernels: Ops) -> None:
     bias = np.array([0, 0, -5, 5, -np.inf], np.float32)
-    ids, _, plain, _, _ = ops.run("router", np.zeros((1, 5), np.float32), bias, np.zeros(4, np.float32))
+    ids, _, plain, _, _ = kernels.run("router", np.zeros((1, 5), np.float32), bias, np.zeros(4, np.float32))
     np.testing.assert_array_equal(ids, [[3, 0, 1, 2]])
     np.testing.assert_array_equal(plain, np.full((1, 4), 0.5, np.float32))
 
 
 @pytest.mark.parametrize("broken_experts", [[3], list(range(16))], ids=["one", "all"])
-def test_router_keeps_nan_in_its_token(ops: Ops, broken_experts: list[int], rng: np.random.Generator) -> None:
+def test_router_keeps_nan_in_its_token(kernels: Ops, broken_experts: list[int], rng: np.random.Generator) -> None:
     logits, bias = rng.standard_normal((9, 16), np.float32), rng.standard_normal(16, np.float32)
     top_k = np.zeros(16, np.float32)
-    clean = ops.run("router", logits, bias, top_k)
+    clean = kernels.run("router", logits, bias, top_k)
     logits[4, broken_experts] = np.nan
-    ids, weights, plain, rows, offsets = ops.run("router", logits, bias, top_k)
+    ids, weights, plain, rows, offsets = kernels.run("router", logits, bias, top_k)
     others = np.arange(9) != 4
     for found, expected in zip((ids, weights, plain), clean[:3], strict=True):
         assert found[others].tobytes() == expected[others].tobytes()
@@ -333,23 +341,23 @@ def test_router_keeps_nan_in_its_token(ops: Ops, broken_experts: list[int], rng:
 
 @pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 288, 8), (9, 5, 5), (300, 288, 16), (0, 7, 2)])
 def test_grouping_is_a_stable_sort_by_expert(
-    ops: Ops, tokens: int, num_experts: int, top_k: int, rng: np.random.Generator
+    kernels: Ops, tokens: int, num_experts: int, top_k: int, rng: np.random.Generator
 ) -> None:
     ids = rng.integers(0, num_experts, (tokens, top_k)).astype(np.int32)
-    rows, offsets = ops.run("grouping", ids, np.zeros(num_experts, np.float32))
+    rows, offsets = kernels.run("grouping", ids, np.zeros(num_experts, np.float32))
     expected_rows, expected_offsets = grouped(ids, num_experts)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_array_equal(offsets, expected_offsets)
 
 
-def test_grouping_names_an_expert_that_does_not_exist(ops: Ops) -> None:
+def test_grouping_names_an_expert_that_does_not_exist(kernels: Ops) -> None:
     with pytest.raises(Exception, match=r"step3p5_moe_group: ids\[T, K\] holds expert 5, expected 0 to 4"):
-        ops.execute("grouping", np.array([[1, 5]], np.int32), np.zeros(5, np.float32))
+        kernels.execute("grouping", np.array([[1, 5]], np.int32), np.zeros(5, np.float32))
 
 
-def test_routing_names_a_top_k_above_the_experts(ops: Ops) -> None:
+def test_routing_names_a_top_k_above_the_experts(kernels: Ops) -> None:
     with pytest.raises(Exception, match="step3p5_moe_route: top_k is 4, expected at most the 3 experts"):
-        ops.execute("router", np.zeros((1, 3), np.float32), np.zeros(3, np.float32), np.zeros(4, np.float32))
+        kernels.execute("router", np.zeros((1, 3), np.float32), np.zeros(3, np.float32), np.zeros(4, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -362,11 +370,11 @@ def test_routing_names_a_top_k_above_the_experts(ops: Ops) -> None:
     ],
 )
 def test_a_shape_that_does_not_fit_is_named(
-    ops: Ops, operand: int, axis: int, message: str, rng: np.random.Generator
+    kernels: Ops, operand: int, axis: int, message: str, rng: np.random.Generator
 ) -> None:
     operands = Layer(rng, DType.float32, (3, 5, 2, 8, 6), 5).operands()
     array = operands[operand]
     assert isinstance(array, np.ndarray)
     operands[operand] = np.repeat(array, [1] * (array.shape[axis] - 1) + [2], axis=axis)
     with pytest.raises(Exception, match=message):
-        ops.execute("float32", *operands)
+        kernels.execute("float32", *operands)

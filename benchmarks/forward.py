@@ -1,0 +1,159 @@
+"""Times the forward passes of a checkpoint in MAX, one at a time: prefill by prompt length, decode by batch size.
+
+    python benchmarks/forward.py MODEL [--devices cpu] [--batches 1,4,8] [--prefill 64,512] [--rounds 5] [--json FILE]
+
+A pass is timed from outside, as `GenerateIterator.step()`: batching, graph and sampling. Prompts are random tokens, new
+ones each round; sampling is greedy and end-of-sequence tokens are ignored. All cases run once to warm up, then in turn
+once a round, a prefill timed once and every decode step by itself.
+
+Beside each time stand the bytes that the pass must read (`step3p5.byte_account`; routed experts as expected under uniform
+routing) and, on a CPU, their rate as a share of a plain copy's, which is measured after the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from arguments import OneLineParser, devices, positive_int, positive_ints
+from bandwidth import Bandwidth, measure_bandwidth, usable_cores
+from forward_cases import Case, Precision, Result, evaluate, make_cases
+from max.pipelines.kv_cache import cache_dtype_for_encoding
+from max.pipelines.lib.auto_model import AutoModel
+from report import Environment, format_table, peak_memory_bytes, write_json
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from step3p5.checkpoint_tensors import CheckpointDtype, checkpoint_tensors
+from step3p5.config_fields import ConfigError
+from step3p5.layer_config import ModelConfig
+from step3p5.pretrained_config import as_step3p5_config
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig, list[Case]]:
+    """Reads the command line and the checkpoint's configuration; ends the program where either is unusable."""
+    parser = OneLineParser(
+        prog="forward.py", description="Time a checkpoint's forward passes in MAX: prefill and decode, one at a time."
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="checkpoint: a folder or a repository on the hub")
+    add("--devices", type=devices, default="cpu", help="as MAX's --devices (default: %(default)s)")
+    add("--batches", metavar="N,N", type=positive_ints, default=(1, 4, 8), help="decoded batches (default: 1,4,8)")
+    add("--prefill", metavar="N,N", type=positive_ints, default=(64, 512), help="prompt lengths (default: 64,512)")
+    add("--context", metavar="N", type=positive_int, default=64, help="tokens before decoding (default: %(default)s)")
+    add("--steps", metavar="N", type=positive_int, default=8, help="decode steps a round (default: %(default)s)")
+    add("--rounds", metavar="N", type=positive_int, default=5, help="(default: %(default)s)")
+    add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
+    options = parser.parse_args(arguments)
+    try:
+        model = as_step3p5_config(AutoConfig.from_pretrained(options.model)).model_config
+    except (ConfigError, OSError, ValueError) as error:
+        parser.error(f"MODEL {options.model}: {' '.join(str(error).split())}")
+    cases = make_cases(options.prefill, options.batches, options.context, options.steps)
+    for case in cases:
+        if case.longest > model.max_position_embeddings:
+            parser.error(
+                f"{case.name}: {case.longest} tokens, expected at most the checkpoint's max_position_embeddings, "
+                f"{model.max_position_embeddings}; lower {'--context or --steps' if case.decode_steps else '--prefill'}"
+            )
+    return options, model, cases
+
+
+def run_rounds(model: AutoModel, cases: Sequence[Case], rounds: int) -> None:
+    """Runs every case once to warm up and then once a round, whose times the cases keep."""
+    rng = np.random.default_rng(0)
+    for index in tqdm(range(rounds + 1), desc="warm-up and rounds", file=sys.stderr):
+        for case in cases:
+            step_seconds = run_case(model, case, rng)
+            if index > 0:
+                case.keep(step_seconds)
+
+
+def run_case(model: AutoModel, case: Case, rng: np.random.Generator) -> list[float]:
+    """Generates once from new prompts and returns the seconds of each step, the prompt's first."""
+    vocabulary = int(model.pipeline.tokenizer.tokenizer_vocab_size)
+    prompts = rng.integers(vocabulary, size=(case.batch_size, case.prompt_length)).tolist()
+    seconds = []
+    with model.generate_iter(prompts, max_new_tokens=case.decode_steps + 1, temperature=0.0, ignore_eos=True) as batch:
+        while not batch.done:
+            start = time.perf_counter()
+            batch.step()
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def precision_of(model: AutoModel) -> Precision:
+    """The types in which a loaded model runs."""
+    config = model.pipeline_config.model
+    cache = cache_dtype_for_encoding(config.quantization_encoding, config.kv_cache.kv_cache_format)
+    return Precision(CheckpointDtype(config.quantization_encoding), CheckpointDtype(cache.name))
+
+
+def bandwidth_line(bandwidth: Bandwidth) -> str:
+    """The machine's memory rates for people."""
+    return (
+        f"memory, GB/s, median (quartiles): copy {bandwidth.copy.text(1e-9, 1)} (read + written), "
+        f"read {bandwidth.read.text(1e-9, 1)}; arrays of {bandwidth.array_bytes / 2**20:.0f} MiB, "
+        f"{bandwidth.threads} threads"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits with status 2 on unusable arguments."""
+    options, config, cases = parse_arguments(arguments)
+    logging.getLogger("max.pipelines").setLevel(logging.WARNING)
+    start = time.perf_counter()
+    with AutoModel(
+        options.model,
+        devices=options.devices,
+        custom_architectures=["pipelines_registry"],
+        max_batch_size=max(options.batches),
+        max_length=max(case.longest for case in cases),
+    ) as model:
+        load_seconds, load_memory = time.perf_counter() - start, peak_memory_bytes()
+        precision = precision_of(model)
+        run_rounds(model, cases, options.rounds)
+        memory = peak_memory_bytes()
+    bandwidth = measure_bandwidth() if options.devices == "cpu" else None
+    copy_rate = bandwidth.copy.median if bandwidth else None
+    results = [evaluate(case, config, precision, copy_rate) for case in cases]
+    environment = Environment.of_this_process(usable_cores())
+    parameters = sum(spec.num_elements for spec in checkpoint_tensors(config).values())
+
+    print("\n".join(environment.lines()))
+    print(
+        f"{options.model}: {len(config.layers)} layers, {parameters / 1e6:.1f} M parameters, {precision.weights} weights, "
+        f"{precision.cache} cache; loaded on {options.devices} in {load_seconds:.1f} s (compiled or from the cache)"
+    )
+    print(
+        f"peak resident memory: {load_memory / 2**20:.0f} MiB after loading, {memory / 2**20:.0f} MiB after the rounds"
+    )
+    if bandwidth is not None:
+        print(bandwidth_line(bandwidth))
+    print()
+    print(format_table(Result.HEADER, [result.row() for result in results]))
+    if options.json is not None:
+        content = {
+            "benchmark": "forward",
+            "environment": environment,
+            "model": options.model,
+            "parameters": parameters,
+            "precision": precision,
+            "devices": options.devices,
+            "rounds": options.rounds,
+            "load_seconds": load_seconds,
+            "peak_memory_bytes_after_loading": load_memory,
+            "peak_memory_bytes": memory,
+            "bandwidth": bandwidth,
+            "results": results,
+        }
+        write_json(options.json, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The forward passes that `forward.py` times, and what their times mean in bytes and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+from report import Spread
+
+from step3p5.byte_account import Forward, forward_bytes, forward_flops
+from step3p5.checkpoint_tensors import CheckpointDtype
+from step3p5.layer_config import ModelConfig
+
+
+@dataclass
+class Case:
+    """One kind of forward pass: every request reads its prompt, then decodes `decode_steps` times.
+
+    Without decode steps it is the prompt's pass that is timed; otherwise it is the decode steps.
+    """
+
+    name: str
+    batch_size: int
+    prompt_length: int
+    decode_steps: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def forward(self) -> Forward:
+        """The pass that is timed; of decode steps, the one midway."""
+        if self.decode_steps == 0:
+            return Forward(self.batch_size, self.prompt_length, self.prompt_length)
+        return Forward(self.batch_size, 1, self.prompt_length + (self.decode_steps + 1) // 2)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a request when the last pass has generated its token."""
+        return self.prompt_length + self.decode_steps + 1
+
+    def keep(self, step_seconds: Sequence[float]) -> None:
+        """Adds the times of one run, given for each of its steps from the prompt's on."""
+        self.seconds += step_seconds[1:] if self.decode_steps else step_seconds
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which types the model runs."""
+
+    weights: CheckpointDtype
+    cache: CheckpointDtype
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case's times with what they are measured against.
+
+    Rates are at the median time. `of_copy`, the bytes to read a second as a share of a plain copy's rate, is `None` where
+    no copy was measured.
+    """
+
+    name: str
+    batch_size: int
+    new_tokens: int
+    context: int
+    seconds: Spread
+    samples: list[float]
+    tokens_per_second: float
+    bytes_to_read: float
+    bytes_per_second: float
+    of_copy: float | None
+    flops: float
+    flops_per_second: float
+
+    HEADER: ClassVar[tuple[str, ...]] = (
+        "forward pass",
+        "ms: median (quartiles)",
+        "best",
+        "tokens/s",
+        "MB to read",
+        "GB/s",
+        "of copy",
+        "GFLOP/s",
+    )
+
+    def row(self) -> tuple[str, ...]:
+        """The cells under `HEADER`."""
+        return (
+            self.name,
+            self.seconds.text(1e3),
+            f"{1e3 * self.seconds.minimum:.2f}",
+            f"{self.tokens_per_second:.1f}",
+            f"{1e-6 * self.bytes_to_read:.1f}",
+            f"{1e-9 * self.bytes_per_second:.2f}",
+            "-" if self.of_copy is None else f"{100 * self.of_copy:.0f} %",
+            f"{1e-9 * self.flops_per_second:.1f}",
+        )
+
+
+def make_cases(prefill: Sequence[int], batches: Sequence[int], context: int, decode_steps: int) -> list[Case]:
+    """One prefill a prompt length, of one request; then decoding by batch size, each request from `context` tokens on."""
+    decoding = f"context {context + 1}-{context + decode_steps}"
+    return [
+        *(Case(f"prefill, {length} tokens", 1, length, 0) for length in prefill),
+        *(Case(f"decode, batch {size}, {decoding}", size, context, decode_steps) for size in batches),
+    ]
+
+
+def evaluate(case: Case, model: ModelConfig, precision: Precision, copy_rate: float | None) -> Result:
+    """Sets a case's times against its bytes and operations.
+
+    Args:
+        case: With at least one time.
+        model: What ran.
+        precision: The types in which it ran.
+        copy_rate: Bytes a second of a plain copy, or `None` where it was not measured.
+    """
+    spread = Spread.of(case.seconds)
+    num_bytes = forward_bytes(model, case.forward, precision.weights, precision.cache)
+    flops = forward_flops(model, case.forward)
+    rate = num_bytes / spread.median
+    return Result(
+        name=case.name,
+        **asdict(case.forward),
+        seconds=spread,
+        samples=case.seconds,
+        tokens_per_second=case.forward.num_tokens / spread.median,
+        bytes_to_read=num_bytes,
+        bytes_per_second=rate,
+        of_copy=None if copy_rate is None else rate / copy_rate,
+        flops=flops,
+        flops_per_second=flops / spread.median,
+    )

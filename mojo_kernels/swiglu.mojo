@@ -1,0 +1,71 @@
+"""The gated half of a dense MLP or a shared expert: the routed experts' kernel with one expert that has every token."""
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+from max.gpu.host import DeviceContext
+from std.utils.numerics import inf
+
+from .gate_up import GateUp, gate_up_cpu
+from .operands import elements, expect_size
+
+
+@extensibility.register("step3p5_swiglu")
+struct Step3p5Swiglu:
+    """`act = silu(gate x) * (up x)`."""
+
+    @staticmethod
+    def execute[
+        dtype: DType, //, target: StaticString
+    ](
+        act: OutputTensor[dtype=DType.float32, rank=2, ...],
+        x: InputTensor[dtype=DType.float32, rank=2, ...],
+        gate: InputTensor[dtype=dtype, rank=2, ...],
+        up: InputTensor[dtype=dtype, rank=2, ...],
+        limit: Float32,
+        ctx: DeviceContext,
+    ) raises:
+        """Multiplies tokens with a gate and an up matrix.
+
+        Parameters:
+            dtype: Type of the weights; products are accumulated in float32.
+            target: Kind of device.
+
+        Args:
+            act: Result `[T, M]`.
+            x: Tokens `[T, H]`.
+            gate: Gate matrix `[M, H]`.
+            up: Up matrix `[M, H]`.
+            limit: `L > 0`: `min(silu(gate x), L) * clamp(up x, -L, L)`; 0 or infinite: no limit.
+            ctx: The device.
+        """
+        comptime op = "step3p5_swiglu"
+        var tokens = x.dim_size(0)
+        expect_size(op, "gate[M, H] dim H", gate.dim_size(1), x.dim_size(1))
+        expect_size(op, "up[M, H] dim M", up.dim_size(0), gate.dim_size(0))
+        expect_size(op, "up[M, H] dim H", up.dim_size(1), x.dim_size(1))
+        expect_size(op, "act[T, M] dim T", act.dim_size(0), tokens)
+        expect_size(op, "act[T, M] dim M", act.dim_size(1), gate.dim_size(0))
+        if tokens == 0 or gate.dim_size(0) == 0:
+            return
+        comptime assert target == "cpu", "step3p5_swiglu: CPU only"
+        var rows = List[Int32](capacity=tokens)
+        for t in range(tokens):
+            rows.append(Int32(t))
+        var offsets: List[Int32] = [0, Int32(tokens)]
+        gate_up_cpu(
+            GateUp[dtype](
+                elements(act.unsafe_ptr()),
+                elements(x.unsafe_ptr()),
+                elements(gate.unsafe_ptr()),
+                elements(up.unsafe_ptr()),
+                rows.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                1,
+                x.dim_size(1),
+                gate.dim_size(0),
+                limit if limit > 0 else inf[DType.float32](),
+            ),
+            offsets.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            1,
+        )
+        _ = rows^  # Kept alive: the kernel holds only its elements.
+        _ = offsets^

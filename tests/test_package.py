@@ -1,0 +1,53 @@
+"""The wheel carries everything: installed alone, it runs a model from any folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources that git would package."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    run = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "step3p5").rglob("*.py")}
+    expected |= {f"step3p5/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "mojo_kernels").rglob("*.mojo")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "step3p5").rglob("*.yaml")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "step3p5").rglob("*.jinja")}
+    expected.add("pipelines_registry.py")
+    assert expected <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_wheel_alone_writes_and_runs_a_checkpoint(wheel: Path, tmp_path: Path) -> None:
+    site, folder = tmp_path / "site", tmp_path / "elsewhere"
+    folder.mkdir()
+    zipfile.ZipFile(wheel).extractall(site)
+    environment = dict(os.environ) | {"PYTHONPATH": str(site)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = run(sys.executable, "-c", "import step3p5.custom_ops as ops; print(ops.kernels_path())").strip()
+    assert Path(where) == site / "step3p5" / "mojo_kernels"
+    run(sys.executable, "-m", "step3p5.random_checkpoint", "model", "--preset", "tiny")
+    max_command = str(Path(sys.executable).parent / "max")
+    options = ["--custom-architectures", "pipelines_registry", "--devices", "cpu", "--max-length", "256"]
+    text = run(max_command, "generate", "--model", "model", *options, "--max-new-tokens", "4", "--prompt", "Hello")
+    assert "Time to first token" in text
