@@ -30,6 +30,13 @@ class Bandwidth:
     array_bytes: int
     threads: int
 
+    def line(self) -> str:
+        """The same for people."""
+        return (
+            f"memory copies {self.copy.text(1e-9, 1)} GB/s, read and written, and reads {self.read.text(1e-9, 1)} GB/s: "
+            f"median (quartiles), {self.array_bytes >> 20} MiB arrays, {self.threads} threads"
+        )
+
 
 def usable_cores() -> int:
     """Cores that this process may run on."""

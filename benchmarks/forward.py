@@ -6,8 +6,8 @@ A pass is timed from outside, as `GenerateIterator.step()`: batching, graph and 
 ones each round; sampling is greedy and end-of-sequence tokens are ignored. All cases run once to warm up, then in turn
 once a round, a prefill timed once and every decode step by itself.
 
-Beside each time stand the bytes that the pass must read (`step3p5.byte_account`; routed experts as expected under uniform
-routing) and, on a CPU, their rate as a share of a plain copy's, which is measured after the rounds.
+Beside each time stand the bytes that the pass must read (`step3p5.byte_account`; routed experts as expected under
+uniform routing) and, on a CPU, their rate as a share of a plain copy's, which is measured after the rounds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,40 @@ from step3p5.checkpoint_tensors import CheckpointDtype, checkpoint_tensors
 from step3p5.config_fields import ConfigError
 from step3p5.layer_config import ModelConfig
 from step3p5.pretrained_config import as_step3p5_config
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run found; what `--json` writes. `bandwidth` is `None` on a GPU."""
+
+    benchmark: str
+    environment: Environment
+    model: str
+    num_layers: int
+    num_parameters: int
+    precision: Precision
+    devices: str
+    rounds: int
+    load_seconds: float
+    peak_memory_bytes_after_loading: int
+    peak_memory_bytes: int
+    bandwidth: Bandwidth | None
+    results: list[Result]
+
+    def text(self) -> str:
+        """The same for people."""
+        loading, rounds = self.peak_memory_bytes_after_loading / 2**20, self.peak_memory_bytes / 2**20
+        lines = [
+            *self.environment.lines(),
+            f"{self.model}: {self.num_layers} layers, {self.num_parameters / 1e6:.1f} M parameters, "
+            f"{self.precision.weights} weights, {self.precision.cache} cache",
+            f"loaded on {self.devices} in {self.load_seconds:.1f} s, compiling included unless cached",
+            f"peak resident memory {loading:.0f} MiB after loading, {rounds:.0f} MiB after the rounds",
+            *([self.bandwidth.line()] if self.bandwidth is not None else []),
+            "",
+            format_table(Result.HEADER, [result.row() for result in self.results]),
+        ]
+        return "\n".join(lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig, list[Case]]:
@@ -94,18 +129,10 @@ def precision_of(model: AutoModel) -> Precision:
     return Precision(CheckpointDtype(config.quantization_encoding), CheckpointDtype(cache.name))
 
 
-def bandwidth_line(bandwidth: Bandwidth) -> str:
-    """The machine's memory rates for people."""
-    return (
-        f"memory, GB/s, median (quartiles): copy {bandwidth.copy.text(1e-9, 1)} (read + written), "
-        f"read {bandwidth.read.text(1e-9, 1)}; arrays of {bandwidth.array_bytes / 2**20:.0f} MiB, "
-        f"{bandwidth.threads} threads"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with status 2 on unusable arguments."""
     options, config, cases = parse_arguments(arguments)
+    environment = Environment.of_this_process(usable_cores())
     logging.getLogger("max.pipelines").setLevel(logging.WARNING)
     start = time.perf_counter()
     with AutoModel(
@@ -121,38 +148,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         memory = peak_memory_bytes()
     bandwidth = measure_bandwidth() if options.devices == "cpu" else None
     copy_rate = bandwidth.copy.median if bandwidth else None
-    results = [evaluate(case, config, precision, copy_rate) for case in cases]
-    environment = Environment.of_this_process(usable_cores())
-    parameters = sum(spec.num_elements for spec in checkpoint_tensors(config).values())
-
-    print("\n".join(environment.lines()))
-    print(
-        f"{options.model}: {len(config.layers)} layers, {parameters / 1e6:.1f} M parameters, {precision.weights} weights, "
-        f"{precision.cache} cache; loaded on {options.devices} in {load_seconds:.1f} s (compiled or from the cache)"
+    report = Report(
+        benchmark="forward",
+        environment=environment,
+        model=options.model,
+        num_layers=len(config.layers),
+        num_parameters=sum(spec.num_elements for spec in checkpoint_tensors(config).values()),
+        precision=precision,
+        devices=options.devices,
+        rounds=options.rounds,
+        load_seconds=load_seconds,
+        peak_memory_bytes_after_loading=load_memory,
+        peak_memory_bytes=memory,
+        bandwidth=bandwidth,
+        results=[evaluate(case, config, precision, copy_rate) for case in cases],
     )
-    print(
-        f"peak resident memory: {load_memory / 2**20:.0f} MiB after loading, {memory / 2**20:.0f} MiB after the rounds"
-    )
-    if bandwidth is not None:
-        print(bandwidth_line(bandwidth))
-    print()
-    print(format_table(Result.HEADER, [result.row() for result in results]))
+    print(report.text())
     if options.json is not None:
-        content = {
-            "benchmark": "forward",
-            "environment": environment,
-            "model": options.model,
-            "parameters": parameters,
-            "precision": precision,
-            "devices": options.devices,
-            "rounds": options.rounds,
-            "load_seconds": load_seconds,
-            "peak_memory_bytes_after_loading": load_memory,
-            "peak_memory_bytes": memory,
-            "bandwidth": bandwidth,
-            "results": results,
-        }
-        write_json(options.json, content)
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ class Precision:
 class Result:
     """A case's times with what they are measured against.
 
-    Rates are at the median time. `of_copy`, the bytes to read a second as a share of a plain copy's rate, is `None` where
-    no copy was measured.
+    Rates are at the median time. `of_copy` is `bytes_per_second` as a share of a plain copy's rate, or `None` where none
+    was measured.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Result:
 
     HEADER: ClassVar[tuple[str, ...]] = (
         "forward pass",
-        "ms: median (quartiles)",
+        "ms, median (quartiles)",
         "best",
         "tokens/s",
         "MB to read",
@@ -98,7 +98,7 @@ class Result:
 
 
 def make_cases(prefill: Sequence[int], batches: Sequence[int], context: int, decode_steps: int) -> list[Case]:
-    """One prefill a prompt length, of one request; then decoding by batch size, each request from `context` tokens on."""
+    """A prefill of one request for each prompt length, then decoding from `context` tokens on for each batch size."""
     decoding = f"context {context + 1}-{context + decode_steps}"
     return [
         *(Case(f"prefill, {length} tokens", 1, length, 0) for length in prefill),

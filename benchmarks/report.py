@@ -15,7 +15,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PACKAGES = ("step3p5-max", "modular", "mojo", "numpy")
 """Distributions whose versions a report names."""
@@ -58,13 +61,14 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """Where and with what a benchmark ran."""
+    """Where and with what a benchmark ran; `load_average` is of the minute before."""
 
     date: str
     command: str
     cpu: str
     cores: int
     memory_bytes: int
+    load_average: float
     system: str
     python: str
     versions: Mapping[str, str]
@@ -78,6 +82,7 @@ class Environment:
             cpu=cpu_model(),
             cores=cores,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            load_average=os.getloadavg()[0],
             system=f"{platform.system()} {platform.release()} {platform.machine()}",
             python=platform.python_version(),
             versions={name: _version(name) for name in PACKAGES},
@@ -88,7 +93,7 @@ class Environment:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return [
             f"{self.date}  {self.command}",
-            f"{self.cpu}, {self.cores} cores, {self.memory_bytes / 2**30:.0f} GiB; {self.system}",
+            f"{self.cpu}, {self.cores} cores, {self.memory_bytes / 2**30:.0f} GiB, load {self.load_average:.1f}; {self.system}",
             f"{versions}, python {self.python}",
         ]
 
@@ -125,14 +130,14 @@ def peak_memory_bytes(status: Path = Path("/proc/self/status")) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a report, dataclasses as objects; makes the folder where it is missing.
+def write_json(path: Path, report: DataclassInstance) -> None:
+    """Writes a report as one object, with the names of its fields; makes the folder where it is missing.
 
     Raises:
         OSError: If the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, default=dataclasses.asdict) + "\n")
+    path.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
 
 
 def _version(distribution: str) -> str:

@@ -1,4 +1,5 @@
-"""Custom ops of the mixture-of-experts layer: routing, grouping by expert, the experts, a dense gated layer and a linear one."""
+"""Custom ops: the mixture-of-experts layer (routing, grouping by expert, the experts), dense layers, rotary embedding.
+"""
 
 from .down import Step3p5MoeDown
 from .gate_up import Step3p5MoeGateUp

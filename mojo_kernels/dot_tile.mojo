@@ -1,8 +1,8 @@
 """The micro-kernel: dot products of a few token rows with a few weight rows, held in registers.
 
-Every (token, weight row) pair has one vector accumulator over the depth and one reduction tree, whatever the shape of the
-tile around it: a dot product has the same bits alone and in a full tile, so results depend neither on the batch nor on the
-number of threads.
+Every (token, weight row) pair has one vector accumulator over the depth and one reduction tree, whatever the shape of
+the tile around it: a dot product has the same bits alone and in a full tile, so results depend neither on the batch nor
+on the number of threads.
 """
 
 from std.math import fma
@@ -20,7 +20,7 @@ comptime TILE_ROWS = 6
 """Weight rows of a tile."""
 
 comptime TILE_TOKENS = 2 if CompilationTarget.is_x86() and LANES < 16 else 4
-"""Token rows of a full tile: its accumulators, tokens and one weight fit into 16 registers (x86 before AVX-512) or 32."""
+"""Token rows of a full tile: with accumulators and one weight they fit into 16 registers (x86 before AVX-512) or 32."""
 
 comptime TileSums = SIMD[DType.float32, 8]
 """Sums of one token with the rows of a tile; the last two lanes are padding."""

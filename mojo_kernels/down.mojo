@@ -80,11 +80,15 @@ def down_cpu[
     var hit = 0
     for e in range(experts):
         hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
+    if hit == 0:
+        return product.clear(tokens, 0, product.tiles())
     var tiles = product.tiles()
     var bytes = (
         hit * product.hidden_size * product.intermediate_size * size_of[dtype]()
     )
-    var tasks = task_count(tiles, bytes)
+    var tasks = task_count(
+        tiles, bytes, Int(offsets[unsafe_offset=experts]) // hit
+    )
 
     def task(index: Int) {imm}:
         var panel = Panel(product.intermediate_size)

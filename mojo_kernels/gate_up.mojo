@@ -11,7 +11,7 @@ from std.utils.numerics import inf
 from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
 from .operands import Elements, Floats, Ids, elements, expect_size
-from .tasks import share, task_count
+from .tasks import TOKENS_PER_READ, share, task_count
 
 comptime GATE_ROWS = TILE_ROWS // 2
 """Rows of `gate` in a tile, and as many of `up`: the number of strips of each."""
@@ -79,7 +79,6 @@ def gate_up_cpu[
 ](product: GateUp[dtype], offsets: Ids, experts: Int):
     """Cuts the tiles of all experts that have tokens into tasks of equal cost.
     """
-    comptime tile_cost = 8  # in tokens: reading the weights of a tile
     var tiles = product.tiles()
     var hit = 0
     var cost = 0
@@ -89,11 +88,13 @@ def gate_up_cpu[
         )
         if tokens > 0:
             hit += 1
-            cost += (tokens + tile_cost) * tiles
+            cost += (tokens + TOKENS_PER_READ) * tiles
     if cost == 0:
         return
     var bytes = hit * tiles * TILE_ROWS * product.hidden_size * size_of[dtype]()
-    var tasks = task_count(hit * tiles, bytes)
+    var tasks = task_count(
+        hit * tiles, bytes, Int(offsets[unsafe_offset=experts]) // hit
+    )
 
     def task(index: Int) {imm}:
         var panel = Panel(product.hidden_size)
@@ -104,7 +105,7 @@ def gate_up_cpu[
             var end = Int(offsets[unsafe_offset=e + 1])
             if begin == end:
                 continue
-            var each = end - begin + tile_cost
+            var each = end - begin + TOKENS_PER_READ
             # A tile belongs to the task in whose share its first unit of cost lies.
             var low = min(max(ceildiv(first - at, each), 0), tiles)
             var high = min(max(ceildiv(last - at, each), 0), tiles)

@@ -1,8 +1,9 @@
 """The product of grouped token rows with their expert's weight rows, shared by every op that multiplies.
 
-The rows of a weight matrix are cut into equal strips, one for every row of a tile, and tile `i` takes row `i` of each strip.
-A sweep over tiles then reads every strip as one contiguous stream, which the hardware fetches ahead across the ends of rows;
-with neighbouring rows in a tile, every tile would start cold (measured at 1 to 8 tokens: 1.3 to 1.6 times slower).
+The rows of a weight matrix are cut into equal strips, one for every row of a tile, and tile `i` takes row `i` of each
+strip. A sweep over tiles then reads every strip as one contiguous stream, which the hardware fetches ahead across the
+ends of rows; with neighbouring rows in a tile, every tile would start cold (measured at 1 to 8 tokens: 1.3 to 1.6 times
+slower).
 """
 
 from std.math import ceildiv
@@ -20,8 +21,8 @@ from .dot_tile import (
 from .operands import Elements, Floats
 
 comptime PACK_MIN_TOKENS = 80
-"""From this many tokens on, a tile of weights is copied once to a contiguous float32 panel and read from there: with fewer,
-reading it in place is as fast or faster (measured on Zen 4, float32 and bfloat16)."""
+"""From this many tokens on, a tile of weights is copied once to a contiguous float32 panel and read from there: with
+fewer, reading it in place is as fast or faster (measured on Zen 4, float32 and bfloat16)."""
 
 comptime BLOCK_BYTES = 512 * 1024
 """Token rows that a core sweeps over for every tile of weights: about half of its second-level cache."""
@@ -127,28 +128,10 @@ def multiply_tile[
         product.store(slot + i, tile, dots.reduced(i))
 
 
-@always_inline
-def multiply_rest[
-    Product: GroupedProduct, dtype: DType, step: Int
-](
-    product: Product,
-    begin: Int,
-    end: Int,
-    tile: Int,
-    w: Array[Elements[dtype], TILE_ROWS],
-):
-    """Multiplies fewer than `TILE_TOKENS` slots with one tile of weights."""
-    comptime for tokens in range(1, TILE_TOKENS):
-        if end - begin == tokens:
-            multiply_tile[tokens=tokens, step=step](
-                product, begin, tile, w, product.x_row(begin)
-            )
-
-
 def multiply_few[
     Product: GroupedProduct
 ](product: Product, expert: Int, begin: Int, end: Int, tile: Int):
-    """Multiplies a few slots with one tile of weights where it lies."""
+    """Multiplies slots with one tile of weights where it lies."""
     var w = product.tile_rows(expert, tile)
     var slot = begin
     while end - slot >= TILE_TOKENS:
@@ -156,7 +139,11 @@ def multiply_few[
             product, slot, tile, w, product.x_row(slot)
         )
         slot += TILE_TOKENS
-    multiply_rest[step=LANES](product, slot, end, tile, w)
+    comptime for tokens in range(1, TILE_TOKENS):
+        if end - slot == tokens:
+            multiply_tile[tokens=tokens, step=LANES](
+                product, slot, tile, w, product.x_row(slot)
+            )
 
 
 def multiply_many[
@@ -169,7 +156,7 @@ def multiply_many[
     end: Int,
     tile: Int,
 ):
-    """Multiplies many slots with one tile of weights by way of the panel, and fetches the next tile meanwhile.
+    """Multiplies slots with one tile of weights by way of the panel, and fetches the next tile meanwhile.
     """
     panel.pack(product.tile_rows(expert, tile), product.depth())
     var next = product.tile_rows(expert, tile + 1)
@@ -185,7 +172,7 @@ def multiply_many[
             product, slot, tile, w, ahead
         )
         slot += TILE_TOKENS
-    multiply_rest[step=TILE_ROWS * LANES](product, slot, end, tile, w)
+    multiply_few(product, expert, slot, end, tile)
 
 
 def multiply_group[
@@ -206,9 +193,13 @@ def multiply_group[
         slots: First and last + 1 of the expert's slots.
         tiles: First and last + 1 of the tiles.
     """
+    if slots[0] == slots[1]:
+        return
     var row_bytes = 4 * max(product.depth(), 1)
-    var block = max(BLOCK_BYTES // row_bytes, PACK_MIN_TOKENS)
-    block -= block % TILE_TOKENS
+    var most = max(BLOCK_BYTES // row_bytes, PACK_MIN_TOKENS)
+    # Blocks of equal size: a short last one would read all weights again for little.
+    var block = ceildiv(slots[1] - slots[0], ceildiv(slots[1] - slots[0], most))
+    block = ceildiv(block, TILE_TOKENS) * TILE_TOKENS
     for begin in range(slots[0], slots[1], block):
         var end = min(begin + block, slots[1])
         for tile in range(tiles[0], tiles[1]):

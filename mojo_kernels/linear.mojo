@@ -57,7 +57,7 @@ def linear_cpu[dtype: DType](product: Linear[dtype], tokens: Int):
     """Every task owns columns of `y`."""
     var tiles = product.tiles()
     var bytes = product.out_features * product.in_features * size_of[dtype]()
-    var tasks = task_count(tiles, bytes)
+    var tasks = task_count(tiles, bytes, tokens)
 
     def task(index: Int) {imm}:
         multiply_group(

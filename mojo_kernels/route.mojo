@@ -54,7 +54,7 @@ struct Step3p5MoeRoute:
             normalize: Divides a token's weights by their sum + 1e-20.
 
         Args:
-            ids: Experts of every token in descending order of their score, ties in ascending order of the expert `[T, K]`.
+            ids: Experts of every token `[T, K]` in descending order of their score, equal ones in ascending order.
             weights: Their weights `[T, K]`.
             logits: Router logits `[T, E]`.
             bias: Added to the score for the choice only `[E]`.
@@ -80,7 +80,7 @@ struct Step3p5MoeRoute:
             )
         comptime assert target == "cpu", "step3p5_moe_route: CPU only"
         # A score costs about as much as reading 16 numbers.
-        var tasks = task_count(tokens, tokens * experts * 64)
+        var tasks = task_count(tokens, tokens * experts * 64, 1)
 
         def task(index: Int) {imm}:
             var scores = List[Float32](length=experts, fill=0)

@@ -6,14 +6,18 @@ comptime TASKS_PER_WORKER = 2
 """More tasks than workers even out what other programs take from one of them."""
 
 comptime TASK_BYTES = 64 * 1024
-"""Fewer bytes of operands than this are not worth a task."""
+"""Fewer bytes of weights than this, or as much work of another kind, are not worth a task."""
+
+comptime TOKENS_PER_READ = 8
+"""Multiplying so many tokens takes about as long as reading the weights."""
 
 
-def task_count(pieces: Int, bytes: Int) -> Int:
-    """Number of tasks for work of `pieces` indivisible pieces over `bytes` of operands.
+def task_count(pieces: Int, bytes: Int, tokens: Int) -> Int:
+    """Number of tasks for work of `pieces` indivisible pieces: `bytes` of weights with `tokens` each.
     """
     var tasks = parallelism_level(None) * TASKS_PER_WORKER
-    return max(min(tasks, pieces, bytes // TASK_BYTES), 1)
+    var work = bytes * (1 + tokens // TOKENS_PER_READ)
+    return max(min(tasks, pieces, work // TASK_BYTES), 1)
 
 
 @always_inline

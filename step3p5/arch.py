@@ -5,12 +5,13 @@ from __future__ import annotations
 from max.graph.weights import WeightsFormat
 from max.pipelines.context import TextContext
 from max.pipelines.kv_cache.memory_planner import PagedMemoryPlanner
-from max.pipelines.lib import SupportedArchitecture, TextTokenizer
+from max.pipelines.lib import SupportedArchitecture
 from max.pipelines.modeling.types import PipelineTask
 
 from .batch_processor import Step3p5BatchProcessor
 from .model import Step3p5Model
 from .model_config import Step3p5Config
+from .tokenizer import Step3p5Tokenizer
 from .weight_adapters import convert_safetensor_state_dict
 
 step3p5_arch = SupportedArchitecture(
@@ -20,7 +21,7 @@ step3p5_arch = SupportedArchitecture(
     supported_encodings=Step3p5Config.SUPPORTED_ENCODINGS,
     pipeline_model=Step3p5Model,
     task=PipelineTask.TEXT_GENERATION,
-    tokenizer=TextTokenizer,
+    tokenizer=Step3p5Tokenizer,
     context_type=TextContext,
     default_weights_format=WeightsFormat.safetensors,
     weight_adapters={WeightsFormat.safetensors: convert_safetensor_state_dict},

@@ -47,7 +47,7 @@ class Forward:
 
 
 def experts_hit(moe: MoEConfig, num_tokens: int) -> float:
-    """Expected number of distinct experts that `num_tokens` tokens hit in one layer, each choosing `top_k` uniformly."""
+    """Expected number of distinct experts of one layer that `num_tokens` tokens hit, each `top_k` uniformly drawn."""
     missed = (1 - moe.top_k / moe.num_experts) ** num_tokens
     return moe.num_experts * (1 - missed)
 

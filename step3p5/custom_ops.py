@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
+from max.graph import DeviceRef, Graph, KernelLibrary, TensorType, TensorValue, ops
 
 _PACKAGE = Path(__file__).resolve().parent
 _PLACES = (_PACKAGE / "mojo_kernels", _PACKAGE.parent / "mojo_kernels")
@@ -29,6 +29,14 @@ def kernels_path() -> Path:
     )
 
 
+@cache
+def compiled_kernels() -> tuple[Path, ...]:
+    """`mojo_kernels` as a compiled Mojo package, built once a process."""
+    library = KernelLibrary()
+    library.load_paths([kernels_path()])
+    return tuple(library.library_paths())
+
+
 def custom_op(
     name: str,
     device: DeviceRef,
@@ -40,7 +48,8 @@ def custom_op(
 
     The kernels come with the call, because a subgraph does not see the libraries of the graph that holds it.
     """
-    if kernels_path() not in Graph.current.kernel_libraries_paths:
-        Graph.current._import_kernels([kernels_path()])
+    graph = Graph.current
+    if not set(compiled_kernels()) <= set(graph.kernel_libraries_paths):
+        graph._import_kernels(compiled_kernels())
     results = ops.custom(name, device, list(values), list(out_types), parameters=dict(parameters or {}) or None)
     return [result.tensor for result in results]

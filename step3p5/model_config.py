@@ -18,6 +18,7 @@ from max.pipelines.modeling.config_enums import SupportedEncoding, supported_enc
 from transformers import AutoConfig
 from typing_extensions import Self, override
 
+from .checkpoint_files import check_tensors, decoder_tensors, read_headers
 from .config_fields import ConfigError
 from .config_parser import parse_model_config
 from .layer_config import AttentionConfig, AttentionKind, DenseMLPConfig, Llama3Scaling, ModelConfig, MoEConfig
@@ -111,6 +112,23 @@ class Step3p5Config(Llama3Config):
         return float(as_step3p5_config(huggingface_config).model_config.layers[0].attention.head_dim) ** -0.5
 
     @override
+    @classmethod
+    def calculate_max_seq_len(cls, huggingface_config: AutoConfig, model_config: MAXModelConfig) -> int:
+        """`--max-length`, or the checkpoint's `max_position_embeddings` where it is not given.
+
+        Raises:
+            ConfigError: The flag is not 1 to `max_position_embeddings`, or the checkpoint's configuration is not valid.
+        """
+        limit = as_step3p5_config(huggingface_config).model_config.max_position_embeddings
+        length = limit if model_config.max_length is None else model_config.max_length
+        if not 1 <= length <= limit:
+            raise ConfigError(
+                f"--max-length: found {length}, expected 1 to {limit} (max_position_embeddings in config.json). Change "
+                "the flag."
+            )
+        return length
+
+    @override
     @staticmethod
     def construct_kv_params(  # type: ignore[override]  # static and hybrid, as the public API has it
         huggingface_config: AutoConfig,
@@ -178,13 +196,22 @@ class Step3p5Config(Llama3Config):
         *,
         max_seq_len: int | None = None,
     ) -> Self:
-        """Builds the configuration from a pipeline's and a checkpoint's; see `initialize`."""
+        """Builds the configuration from a pipeline's and a checkpoint's; see `initialize`.
+
+        A local checkpoint's files are checked here, before anything is read from them or compiled.
+
+        Raises:
+            ConfigError: If the checkpoint's configuration is not valid, or not runnable on the devices.
+            CheckpointError: If its files are not what the configuration says.
+        """
         model_config = model_config or pipeline_config.model
         model = as_step3p5_config(huggingface_config).model_config
         encoding = _select_quantization_encoding(model_config, cls.DEFAULT_ENCODING)
         devices = [DeviceRef(spec.device_type, spec.id) for spec in model_config.device_specs]
         if any(device.is_cpu() for device in devices):
             _check_cpu_window(model)
+        if model_config.weight_path and model_config.huggingface_weight_repo.repo_type == "local":
+            check_tensors(decoder_tensors(read_headers(model_config.resolved_weight_paths()), model), model)
         cache_dtype = cache_dtype_for_encoding(encoding, model_config.kv_cache.kv_cache_format)
         return cls(
             **_flat_fields(model),
@@ -233,7 +260,7 @@ def _check_cpu_window(model: ModelConfig) -> None:
         if window is not None and window < MINIMUM_CPU_WINDOW:
             raise ConfigError(
                 f"sliding_window: found {window}, expected at least {MINIMUM_CPU_WINDOW} on a CPU (MAX's attention "
-                "kernel takes no smaller one); use --devices gpu or a checkpoint with a larger window"
+                "kernel takes no smaller one). Use --devices gpu or a checkpoint with a larger window."
             )
 
 

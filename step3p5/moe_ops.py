@@ -1,7 +1,7 @@
 """The Mojo ops of the mixture-of-experts layer as graph functions.
 
-Names of dimensions: `T` tokens, `E` experts, `K` experts a token, `H` hidden
-size, `M` an expert's intermediate size. An assignment `a = t * K + k` is the `k`-th choice of token `t`.
+Names of dimensions: `T` tokens, `E` experts, `K` experts a token, `H` hidden size, `M` an expert's intermediate size. An
+assignment `a = t * K + k` is the `k`-th choice of token `t`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def route(
         scale: Multiplies the weights last.
 
     Returns:
-        Experts `[T, K]`, int32, in descending order of their score (the lower index first among equals), and their weights
-        `[T, K]`, float32: `sigmoid(logits)`, normalised and scaled. A token with a NaN gets valid experts.
+        Experts `[T, K]`, int32, in descending order of their score (the lower index first among equals), and their
+        weights `[T, K]`, float32: `sigmoid(logits)`, normalised and scaled. A NaN ranks first: its token's experts are
+        valid and distinct, its weights NaN.
     """
     shape = (logits.shape[0], top_k)
     ids, weights = custom_op(
@@ -49,7 +50,8 @@ def group(ids: TensorValue, *, num_experts: DimLike) -> tuple[TensorValue, Tenso
         num_experts: `E`.
 
     Returns:
-        The assignments `[T * K]`, int32, and every expert's first place among them with the end behind `[E + 1]`, int32.
+        The assignments `[T * K]`, int32, and every expert's first place among them with the end behind, `[E + 1]`,
+        int32.
     """
     rows, offsets = custom_op(
         "step3p5_moe_group",

@@ -1,11 +1,12 @@
 """The Mojo ops of the mixture-of-experts layer against numpy in float64.
 
-All ops are compiled once, in one graph with symbolic sizes. A run is preceded by one on NaN, so that outputs are allocated
-from memory that holds NaN.
+All ops are compiled once, in one graph with symbolic sizes. A run is preceded by one on NaN, so that outputs are
+allocated from memory that holds NaN.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def experts_inputs(part: str, dtype: DType) -> list[TensorType]:
     ]
 
 
-PARTS = {
+PARTS: dict[str, tuple[Callable[..., list[TensorValue]], list[TensorType]]] = {
     "router": (router, [tensor("T", "E"), tensor("B"), tensor("K")]),
     "grouping": (grouping, [tensor("group_T", "group_K", dtype=DType.int32), tensor("group_E")]),
     "float32": (experts, experts_inputs("float32", DType.float32)),

@@ -1,0 +1,70 @@
+"""Requests into token ids: MAX's text tokenizer, with requests refused that have nothing to read or no embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from max.pipelines.context import TextContext
+from max.pipelines.context.exceptions import InputError
+from max.pipelines.lib import PipelineConfig, TextTokenizer
+from max.pipelines.modeling.types import TextGenerationRequest
+from typing_extensions import override
+
+from .pretrained_config import as_step3p5_config
+
+
+class Step3p5Tokenizer(TextTokenizer):
+    """A `TextTokenizer` that raises `InputError`, which a server answers with status 400, for requests it cannot take.
+
+    Args:
+        model_path: The checkpoint, whose tokenizer is loaded.
+        pipeline_config: The pipeline's configuration.
+        options: As of `TextTokenizer`.
+    """
+
+    def __init__(self, model_path: str, pipeline_config: PipelineConfig, **options: Any) -> None:
+        super().__init__(model_path, pipeline_config, **options)
+        self._vocab_size = as_step3p5_config(pipeline_config.model.huggingface_config).model_config.vocab_size
+
+    @override
+    async def encode(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> npt.NDArray[np.integer[Any]]:
+        """The token ids of `prompt`, `[tokens]`; ids are passed through.
+
+        Raises:
+            InputError: An id is outside the model's vocabulary, or the ids are more than `--max-length`.
+        """
+        if not isinstance(prompt, str):
+            check_token_ids(np.asarray(prompt, dtype=np.int64), self._vocab_size)
+        return await super().encode(prompt, add_special_tokens)
+
+    @override
+    async def new_context(self, request: TextGenerationRequest) -> TextContext:
+        """The state of a new request.
+
+        Raises:
+            InputError: As of `encode`; or the prompt is empty, or no message of the chat says anything.
+        """
+        if not request.prompt and not any(_says_something(message.flatten_content()) for message in request.messages):
+            raise InputError("prompt: found nothing, expected at least one character or token. Give a prompt.")
+        return await super().new_context(request)
+
+
+def check_token_ids(token_ids: npt.NDArray[np.integer[Any]], vocab_size: int) -> None:
+    """Refuses ids `[tokens]` that have no row in the embedding.
+
+    Raises:
+        InputError: An id is negative, or `vocab_size` or more.
+    """
+    outside = np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))
+    if outside.size:
+        raise InputError(
+            f"prompt[{outside[0]}]: found token {token_ids[outside[0]]}, expected 0 to {vocab_size - 1} (vocab_size in "
+            "config.json). Encode the prompt with this model's tokenizer."
+        )
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    return bool(message.get("content") or message.get("tool_calls"))
