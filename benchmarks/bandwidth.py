@@ -32,9 +32,10 @@ class Bandwidth:
 
     def line(self) -> str:
         """The same for people."""
+        best = f"{1e-9 * self.copy.maximum:.1f}"
         return (
-            f"memory copies {self.copy.text(1e-9, 1)} GB/s, read and written, and reads {self.read.text(1e-9, 1)} GB/s: "
-            f"median (quartiles), {self.array_bytes >> 20} MiB arrays, {self.threads} threads"
+            f"memory, GB/s: copy {self.copy.text(1e-9, 1)}, best {best} (read + written); "
+            f"read {self.read.text(1e-9, 1)}; {self.array_bytes >> 20} MiB arrays, {self.threads} threads"
         )
 
 
@@ -52,7 +53,7 @@ def last_level_cache_bytes(cpu_folder: Path = _CPU_FOLDER) -> int:
     return sum(caches.values())
 
 
-def measure_bandwidth(rounds: int = 8, array_bytes: int | None = None) -> Bandwidth:
+def measure_bandwidth(rounds: int = 20, array_bytes: int | None = None) -> Bandwidth:
     """Copies and reads arrays far larger than the caches, one part a core.
 
     Args:

@@ -7,13 +7,14 @@ ones each round; sampling is greedy and end-of-sequence tokens are ignored. All 
 once a round, a prefill timed once and every decode step by itself.
 
 Beside each time stand the bytes that the pass must read (`step3p5.byte_account`; routed experts as expected under
-uniform routing) and, on a CPU, their rate as a share of a plain copy's, which is measured after the rounds.
+uniform routing) and, on a CPU, their rate as a share of the best that a plain copy reaches after the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from arguments import OneLineParser, devices, positive_int, positive_ints
 from bandwidth import Bandwidth, measure_bandwidth, usable_cores
+from contention import CpuTimes, cores_taken
 from forward_cases import Case, Precision, Result, evaluate, make_cases
 from max.pipelines.kv_cache import cache_dtype_for_encoding
 from max.pipelines.lib.auto_model import AutoModel
@@ -35,10 +37,16 @@ from step3p5.config_fields import ConfigError
 from step3p5.layer_config import ModelConfig
 from step3p5.pretrained_config import as_step3p5_config
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 @dataclass(frozen=True)
 class Report:
-    """All that a run found; what `--json` writes. `bandwidth` is `None` on a GPU."""
+    """All that a run found; what `--json` writes.
+
+    `cores_taken` are those that other processes kept busy during the rounds, `None` where the system does not say;
+    `bandwidth` is `None` on a GPU.
+    """
 
     benchmark: str
     environment: Environment
@@ -48,6 +56,7 @@ class Report:
     precision: Precision
     devices: str
     rounds: int
+    cores_taken: float | None
     load_seconds: float
     peak_memory_bytes_after_loading: int
     peak_memory_bytes: int
@@ -63,6 +72,7 @@ class Report:
             f"{self.precision.weights} weights, {self.precision.cache} cache",
             f"loaded on {self.devices} in {self.load_seconds:.1f} s, compiling included unless cached",
             f"peak resident memory {loading:.0f} MiB after loading, {rounds:.0f} MiB after the rounds",
+            *([f"other processes kept {self.cores_taken:.1f} cores busy"] if self.cores_taken is not None else []),
             *([self.bandwidth.line()] if self.bandwidth is not None else []),
             "",
             format_table(Result.HEADER, [result.row() for result in self.results]),
@@ -85,6 +95,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     add("--rounds", metavar="N", type=positive_int, default=5, help="(default: %(default)s)")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
     options = parser.parse_args(arguments)
+    if not Path(options.model).is_dir() and not _HUB_NAME.fullmatch(options.model):
+        parser.error(f"MODEL: found no folder {options.model}, expected a checkpoint's or a hub repository, OWNER/NAME")
     try:
         model = as_step3p5_config(AutoConfig.from_pretrained(options.model)).model_config
     except (ConfigError, OSError, ValueError) as error:
@@ -144,10 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ) as model:
         load_seconds, load_memory = time.perf_counter() - start, peak_memory_bytes()
         precision = precision_of(model)
+        before = CpuTimes.now()
         run_rounds(model, cases, options.rounds)
+        taken = cores_taken(before, CpuTimes.now())
         memory = peak_memory_bytes()
     bandwidth = measure_bandwidth() if options.devices == "cpu" else None
-    copy_rate = bandwidth.copy.median if bandwidth else None
+    copy_rate = bandwidth.copy.maximum if bandwidth else None
     report = Report(
         benchmark="forward",
         environment=environment,
@@ -157,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         precision=precision,
         devices=options.devices,
         rounds=options.rounds,
+        cores_taken=taken,
         load_seconds=load_seconds,
         peak_memory_bytes_after_loading=load_memory,
         peak_memory_bytes=memory,

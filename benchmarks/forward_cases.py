@@ -55,8 +55,8 @@ class Precision:
 class Result:
     """A case's times with what they are measured against.
 
-    Rates are at the median time. `of_copy` is `bytes_per_second` as a share of a plain copy's rate, or `None` where none
-    was measured.
+    Rates are at the median time. `of_copy` is `bytes_per_second` as a share of a plain copy's best rate, or `None`
+    where none was measured.
     """
 
     name: str
@@ -64,7 +64,6 @@ class Result:
     new_tokens: int
     context: int
     seconds: Spread
-    samples: list[float]
     tokens_per_second: float
     bytes_to_read: float
     bytes_per_second: float
@@ -113,7 +112,7 @@ def evaluate(case: Case, model: ModelConfig, precision: Precision, copy_rate: fl
         case: With at least one time.
         model: What ran.
         precision: The types in which it ran.
-        copy_rate: Bytes a second of a plain copy, or `None` where it was not measured.
+        copy_rate: Bytes a second that a plain copy reaches, or `None` where it was not measured.
     """
     spread = Spread.of(case.seconds)
     num_bytes = forward_bytes(model, case.forward, precision.weights, precision.cache)
@@ -123,7 +122,6 @@ def evaluate(case: Case, model: ModelConfig, precision: Precision, copy_rate: fl
         name=case.name,
         **asdict(case.forward),
         seconds=spread,
-        samples=case.seconds,
         tokens_per_second=case.forward.num_tokens / spread.median,
         bytes_to_read=num_bytes,
         bytes_per_second=rate,

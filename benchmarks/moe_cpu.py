@@ -28,7 +28,7 @@ from max.dtype import DType
 from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
-from step3p5 import moe_ops
+from step3p5 import kernels
 
 CPU_REF = DeviceRef.CPU()
 F32 = DType.float32
@@ -85,17 +85,17 @@ def compile_graphs(weight_dtype: DType, top_k: int) -> dict[str, Model]:
         "matmul": [tokens, TensorType(weight_dtype, ("N", "H"), CPU_REF)],
     }
     build: dict[str, Callable[..., object]] = {
-        "route": lambda x, b: moe_ops.route(x, b, top_k=top_k, normalize=True, scale=3.0),
-        "group": lambda ids, bias: moe_ops.group(ids, num_experts=bias.shape[0]),
-        "gate_up": lambda x, gate, up, rows, starts: (moe_ops.gate_up(x, gate, up, rows, starts, no_limit()),),
-        "down": lambda *operands: (moe_ops.down(*operands),),
-        "linear": lambda *operands: (moe_ops.linear(*operands),),
+        "route": lambda x, b: kernels.route(x, b, top_k=top_k, normalize=True, scale=3.0),
+        "group": lambda ids, bias: kernels.group(ids, num_experts=bias.shape[0]),
+        "gate_up": lambda x, gate, up, rows, starts: (kernels.gate_up(x, gate, up, rows, starts, no_limit()),),
+        "down": lambda *operands: (kernels.down(*operands),),
+        "linear": lambda *operands: (kernels.linear(*operands),),
         "matmul": lambda x, w: (x @ ops.cast(w, F32).transpose(0, 1),),
     }
     session = InferenceSession(devices=[CPU()])
     models = {}
     for name, types in inputs.items():
-        with Graph(name, input_types=types, custom_extensions=[moe_ops.kernels_path()]) as graph:
+        with Graph(name, input_types=types) as graph:
             graph.output(*build[name](*(v.tensor for v in graph.inputs)))  # type: ignore[misc]
         models[name] = session.load(graph)
     return models

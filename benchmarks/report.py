@@ -61,14 +61,13 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """Where and with what a benchmark ran; `load_average` is of the minute before."""
+    """Where and with what a benchmark ran."""
 
     date: str
     command: str
     cpu: str
     cores: int
     memory_bytes: int
-    load_average: float
     system: str
     python: str
     versions: Mapping[str, str]
@@ -82,7 +81,6 @@ class Environment:
             cpu=cpu_model(),
             cores=cores,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            load_average=os.getloadavg()[0],
             system=f"{platform.system()} {platform.release()} {platform.machine()}",
             python=platform.python_version(),
             versions={name: _version(name) for name in PACKAGES},
@@ -93,7 +91,7 @@ class Environment:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return [
             f"{self.date}  {self.command}",
-            f"{self.cpu}, {self.cores} cores, {self.memory_bytes / 2**30:.0f} GiB, load {self.load_average:.1f}; {self.system}",
+            f"{self.cpu}, {self.cores} cores, {self.memory_bytes / 2**30:.0f} GiB; {self.system}",
             f"{versions}, python {self.python}",
         ]
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint's weights are not what its `config.json` says; the message names the file or tensor and the remedy."""
+    """A checkpoint's weights are not what its `config.json` says; the message names file or tensor and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def read_headers(paths: Sequence[Path]) -> dict[str, StoredTensor]:
             if name in holders:
                 _fail(
                     f"tensor {name}",
-                    f"it in both {holders[name].name} and {path.name}",
-                    "it in one file",
+                    f"one in {holders[name].name} and one in {path.name}",
+                    "one in all",
                     "Remove the wrong file, or name the right ones with --weight-path.",
                 )
             tensors[name], holders[name] = tensor, path
@@ -85,7 +85,7 @@ def check_tensors(decoder: Mapping[str, StoredTensor], model: ModelConfig) -> No
     if missing:
         _fail(
             f"tensor {missing[0]}",
-            f"no such tensor in the checkpoint ({_more(missing)})",
+            f"none of that name in the checkpoint ({len(missing)} missing in all)",
             f"shape {list(expected[missing[0]].shape)}",
             "Complete the checkpoint, or correct config.json if it belongs to other weights.",
         )
@@ -93,8 +93,8 @@ def check_tensors(decoder: Mapping[str, StoredTensor], model: ModelConfig) -> No
     if unknown:
         _fail(
             f"tensor {unknown[0]}",
-            f"it in the checkpoint ({_more(unknown)})",
-            "no such tensor from config.json",
+            f"one of that name in the checkpoint ({len(unknown)} unknown in all)",
+            "none from config.json",
             "Check that config.json belongs to these weights: num_hidden_layers, moe_layers_enum, use_qk_norm, ...",
         )
     for name, spec in expected.items():
@@ -108,7 +108,10 @@ def check_tensors(decoder: Mapping[str, StoredTensor], model: ModelConfig) -> No
             )
         if stored.dtype not in set(CheckpointDtype):
             _fail(
-                f"tensor {name}", f"dtype {stored.dtype}", " or ".join(CheckpointDtype), "Use the unquantised checkpoint."
+                f"tensor {name}",
+                f"dtype {stored.dtype}",
+                " or ".join(CheckpointDtype),
+                "Use the unquantised checkpoint.",
             )
 
 
@@ -133,7 +136,7 @@ def _check_index(folder: Path, given: set[str]) -> None:
     if missing and not shards.isdisjoint(given):
         _fail(
             str(path),
-            f"shard {missing[0]}, which is not in the folder ({_more(missing)})",
+            f"shard {missing[0]} missing from the folder ({len(missing)} missing in all)",
             f"all {len(shards)} shards beside it",
             "Download the missing ones.",
         )
@@ -171,10 +174,6 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _fail_truncated(path: Path, size: int, expected: str) -> NoReturn:
     _fail(str(path), f"{size} bytes", expected, "Download the file again.")
-
-
-def _more(names: Sequence[str]) -> str:
-    return f"{len(names)} in all"
 
 
 def _fail(name: str, found: str, expected: str, remedy: str) -> NoReturn:

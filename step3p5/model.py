@@ -66,7 +66,7 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
     model_config_cls: ClassVar[type[Any]] = Step3p5Config
     """The class of this model's configuration."""
 
-    batch_processor_cls = Step3p5BatchProcessor  # type: ignore[assignment]  # a sibling of Llama's, not a subclass
+    batch_processor_cls = Step3p5BatchProcessor  # a sibling of Llama's, not a subclass
 
     model: Model
     """Compiled and initialized model ready for inference."""
@@ -163,5 +163,3 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
                 weights=module.state_dict(),
             )
         }
-
-

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from max.dtype import DType
 from max.graph import DeviceRef
-from max.nn.kv_cache import KVCacheParams, MultiKVCacheParams
+from max.nn.kv_cache import MultiKVCacheParams
 from max.nn.rotary_embedding import Llama3RopeScalingParams
 from max.nn.transformer import ReturnHiddenStates, ReturnLogits
 from max.pipelines.architectures.llama3.model_config import Llama3Config
@@ -16,7 +16,7 @@ from max.pipelines.lib import KVCacheConfig, MAXModelConfig, PipelineConfig
 from max.pipelines.lib.config.model_config import _select_quantization_encoding
 from max.pipelines.modeling.config_enums import SupportedEncoding, supported_encoding_dtype
 from transformers import AutoConfig
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from .checkpoint_files import check_tensors, decoder_tensors, read_headers
 from .config_fields import ConfigError
@@ -39,7 +39,7 @@ class Step3p5Config(Llama3Config):
     DEFAULT_ENCODING: ClassVar[SupportedEncoding] = "bfloat16"
     SUPPORTED_ENCODINGS: ClassVar[set[SupportedEncoding]] = {"float32", "bfloat16"}
 
-    kv_params: MultiKVCacheParams  # type: ignore[assignment]  # one child per attention kind, where Llama has one cache
+    kv_params: MultiKVCacheParams  # one child per attention kind, where Llama has one cache
 
     sliding_window: int = 512
     """Sliding window size for local attention layers."""
@@ -130,7 +130,7 @@ class Step3p5Config(Llama3Config):
 
     @override
     @staticmethod
-    def construct_kv_params(  # type: ignore[override]  # static and hybrid, as the public API has it
+    def construct_kv_params(  # static and hybrid, as the public API has it
         huggingface_config: AutoConfig,
         pipeline_config: PipelineConfig,
         devices: list[DeviceRef],
@@ -144,7 +144,9 @@ class Step3p5Config(Llama3Config):
         """
         speculative = pipeline_config.speculative
         caches = {}
-        for kind, (attention, num_layers) in _attention_kinds(as_step3p5_config(huggingface_config).model_config).items():
+        for kind, (attention, num_layers) in _attention_kinds(
+            as_step3p5_config(huggingface_config).model_config
+        ).items():
             caches[str(kind)] = kv_cache_config.to_params(
                 dtype=cache_dtype,
                 n_kv_heads=attention.num_key_value_heads,

@@ -116,7 +116,7 @@ def register_pretrained_config() -> None:
     AutoConfig.register(MODEL_TYPE, Step3p5PretrainedConfig, exist_ok=True)
 
 
-def as_step3p5_config(config: PreTrainedConfig) -> Step3p5PretrainedConfig:
+def as_step3p5_config(config: PreTrainedConfig | AutoConfig) -> Step3p5PretrainedConfig:
     """`config`, read again from its checkpoint if another class has read it.
 
     MAX reads a checkpoint's configuration with its own class before it imports custom architectures.
@@ -126,9 +126,10 @@ def as_step3p5_config(config: PreTrainedConfig) -> Step3p5PretrainedConfig:
     """
     if isinstance(config, Step3p5PretrainedConfig):
         return config
+    assert isinstance(config, PreTrainedConfig)  # what AutoConfig loads
     if config.model_type != MODEL_TYPE:
         raise ConfigError(f"model_type: found {config.model_type!r}, expected {MODEL_TYPE!r}. Check --model.")
-    reread = AutoConfig.from_pretrained(config.name_or_path)
+    reread = AutoConfig.from_pretrained(str(config.name_or_path))
     assert isinstance(reread, Step3p5PretrainedConfig)
     return reread
 

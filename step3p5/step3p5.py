@@ -86,7 +86,7 @@ class Step3p5(Module):
                 cache_layer,
                 kv_collections[attention.kind],
                 input_row_offsets,
-                *_swiglu_limits(layers[index], tokens.device),
+                *_swiglu_limits(layers[index]),
             ]
             if attention.rope is not None:
                 inputs.append(tables[attention.rope])
@@ -187,12 +187,9 @@ def _graph_key(layer: LayerConfig) -> LayerConfig:
     return dataclasses.replace(layer, index=0, mlp=mlp)
 
 
-def _swiglu_limits(layer: LayerConfig, device: DeviceRef) -> tuple[TensorValue, TensorValue]:
-    """The routed experts' limit on the host, and the shared expert's or dense MLP's on the device."""
-    routed, shared = layer.mlp.swiglu_limit, layer.mlp.swiglu_limit
+def _swiglu_limits(layer: LayerConfig) -> list[TensorValue]:
+    """The clamp limits of the routed experts, and of the shared expert or dense MLP; infinite where there is none."""
+    limits = [layer.mlp.swiglu_limit, layer.mlp.swiglu_limit]
     if isinstance(layer.mlp, MoEConfig):
-        shared = layer.mlp.shared_expert.swiglu_limit
-    return (
-        ops.constant(routed or math.inf, DType.float32, device=DeviceRef.CPU()),
-        ops.constant(shared or math.inf, DType.float32, device=device),
-    )
+        limits[1] = layer.mlp.shared_expert.swiglu_limit
+    return [ops.constant(limit or math.inf, DType.float32, device=DeviceRef.CPU()) for limit in limits]

@@ -30,14 +30,16 @@ class Step3p5Tokenizer(TextTokenizer):
         self._vocab_size = as_step3p5_config(pipeline_config.model.huggingface_config).model_config.vocab_size
 
     @override
-    async def encode(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> npt.NDArray[np.integer[Any]]:
+    async def encode(
+        self, prompt: str | Sequence[int], add_special_tokens: bool = True
+    ) -> npt.NDArray[np.integer[Any]]:
         """The token ids of `prompt`, `[tokens]`; ids are passed through.
 
         Raises:
             InputError: An id is outside the model's vocabulary, or the ids are more than `--max-length`.
         """
         if not isinstance(prompt, str):
-            check_token_ids(np.asarray(prompt, dtype=np.int64), self._vocab_size)
+            check_token_ids(prompt, self._vocab_size)
         return await super().encode(prompt, add_special_tokens)
 
     @override
@@ -52,13 +54,14 @@ class Step3p5Tokenizer(TextTokenizer):
         return await super().new_context(request)
 
 
-def check_token_ids(token_ids: npt.NDArray[np.integer[Any]], vocab_size: int) -> None:
+def check_token_ids(token_ids: Sequence[int] | npt.NDArray[np.integer[Any]], vocab_size: int) -> None:
     """Refuses ids `[tokens]` that have no row in the embedding.
 
     Raises:
         InputError: An id is negative, or `vocab_size` or more.
     """
-    outside = np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))
+    ids = np.asarray(token_ids)
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if outside.size:
         raise InputError(
             f"prompt[{outside[0]}]: found token {token_ids[outside[0]]}, expected 0 to {vocab_size - 1} (vocab_size in "

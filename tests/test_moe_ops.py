@@ -17,7 +17,7 @@ from max.dtype import DType
 from max.engine import InferenceSession
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
-from step3p5 import moe_ops
+from step3p5 import kernels as graph_ops
 
 Array = npt.NDArray[Any]
 Operands = list[Array | Buffer]
@@ -32,14 +32,14 @@ def tensor(*shape: str, dtype: DType = DType.float32) -> TensorType:
 def router(logits: TensorValue, bias: TensorValue, chosen: TensorValue) -> list[TensorValue]:
     """(logits [T, E], bias [E], any [K]) -> ids, weights, plain weights, rows, offsets."""
     top_k = chosen.shape[0]
-    ids, weights = moe_ops.route(logits, bias, top_k=top_k, normalize=True, scale=SCALE)
-    _, plain = moe_ops.route(logits, bias, top_k=top_k, normalize=False, scale=1.0)
-    return [ids, weights, plain, *moe_ops.group(ids, num_experts=logits.shape[1])]
+    ids, weights = graph_ops.route(logits, bias, top_k=top_k, normalize=True, scale=SCALE)
+    _, plain = graph_ops.route(logits, bias, top_k=top_k, normalize=False, scale=1.0)
+    return [ids, weights, plain, *graph_ops.group(ids, num_experts=logits.shape[1])]
 
 
 def grouping(ids: TensorValue, experts: TensorValue) -> list[TensorValue]:
     """(ids [T, K], any [E]) -> rows, offsets."""
-    return list(moe_ops.group(ids, num_experts=experts.shape[0]))
+    return list(graph_ops.group(ids, num_experts=experts.shape[0]))
 
 
 def experts(
@@ -53,10 +53,10 @@ def experts(
 ) -> list[TensorValue]:
     """-> act, act with a limit, y, and `linear` and `swiglu` of x with the first expert's matrices."""
     none, limit = (ops.constant(value, DType.float32, device=DeviceRef.CPU()) for value in (np.inf, LIMIT))
-    act = moe_ops.gate_up(x, gate, up, rows, offsets, none)
-    limited = moe_ops.gate_up(x, gate, up, rows, offsets, limit)
-    y = moe_ops.down(act, down, rows, offsets, weights)
-    return [act, limited, y, moe_ops.linear(x, gate[0]), moe_ops.swiglu(x, gate[0], up[0], limit)]
+    act = graph_ops.gate_up(x, gate, up, rows, offsets, none)
+    limited = graph_ops.gate_up(x, gate, up, rows, offsets, limit)
+    y = graph_ops.down(act, down, rows, offsets, weights)
+    return [act, limited, y, graph_ops.linear(x, gate[0]), graph_ops.swiglu(x, gate[0], up[0], limit)]
 
 
 def experts_inputs(part: str, dtype: DType) -> list[TensorType]:
@@ -92,7 +92,7 @@ class Ops:
             self.idle[dtype.name] = Layer(np.random.default_rng(), dtype, (0, 1, 1, 1, 1), 1).operands()
         self.outputs: dict[str, slice] = {}
         types = [of_input for _, inputs in PARTS.values() for of_input in inputs]
-        with Graph("moe_ops", input_types=types, custom_extensions=[moe_ops.kernels_path()]) as graph:
+        with Graph("moe_ops", input_types=types) as graph:
             values = iter([v.tensor for v in graph.inputs])
             results: list[TensorValue] = []
             for name, (build, inputs) in PARTS.items():

@@ -52,7 +52,7 @@ class DecoderLayer(Module):
             kv_collection: See `Attention`.
             input_row_offsets: See `Attention`.
             routed_limit: Clamp limit of the routed experts, a float32 scalar on the host; infinite where there is none.
-            shared_limit: Clamp limit of the shared expert or dense MLP, a float32 scalar on the layer's device.
+            shared_limit: The same of the shared expert or dense MLP.
             rope_table: See `Attention`.
 
         Returns:

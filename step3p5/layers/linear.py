@@ -6,7 +6,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, Weight
 from max.nn.layer import Module
 
-from ..moe_ops import linear
+from ..kernels import linear
 
 
 class Linear(Module):

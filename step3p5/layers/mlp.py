@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from max.dtype import DType
-from max.graph import DeviceRef, TensorValue, ops
+from max.graph import DeviceRef, TensorValue
 from max.nn.layer import Module
 
+from .. import kernels
 from .linear import Linear
 
 
-def swiglu(gate: TensorValue, up: TensorValue, limit: TensorValue) -> TensorValue:
-    """`min(silu(gate), L) * clamp(up, -L, L)` with the scalar limit `L`: the gate only from above, after silu.
-
-    An infinite limit clamps nothing, so that layers with and without one share a subgraph.
-    """
-    limit = limit.cast(gate.dtype)
-    return ops.min(ops.silu(gate), limit) * ops.max(ops.min(up, limit), -limit)
-
-
 class MLP(Module):
-    """`down_proj( swiglu(gate_proj(x), up_proj(x)) )`.
+    """`down_proj( min(silu(gate_proj(x)), L) * clamp(up_proj(x), -L, L) )`: the gate only from above, after silu.
+
+    An infinite limit `L` clamps nothing, so that layers with and without one share a subgraph.
 
     Args:
         intermediate_size: Width between the projections.
@@ -35,5 +29,5 @@ class MLP(Module):
         self.down_proj = Linear(intermediate_size, hidden_size, dtype, device)
 
     def __call__(self, x: TensorValue, limit: TensorValue) -> TensorValue:
-        """`x [tokens, hidden_size]` and the clamp limit, a scalar on the same device, to `[tokens, hidden_size]`."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), limit))
+        """`x [tokens, hidden_size]` and the clamp limit, a float32 scalar on the host, to `[tokens, hidden_size]`."""
+        return self.down_proj(kernels.swiglu(x, self.gate_proj.weight, self.up_proj.weight, limit))

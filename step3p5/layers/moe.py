@@ -6,7 +6,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, Weight, ops
 from max.nn.layer import Module
 
-from .. import moe_ops
+from .. import kernels
 from ..layer_config import MoEConfig
 from .linear import Linear
 
@@ -14,9 +14,7 @@ from .linear import Linear
 class ExpertWeights(Module):
     """One projection of all experts, stacked as in the checkpoint: `[num_experts, out_features, in_features]`."""
 
-    def __init__(
-        self, num_experts: int, in_features: int, out_features: int, dtype: DType, device: DeviceRef
-    ) -> None:
+    def __init__(self, num_experts: int, in_features: int, out_features: int, dtype: DType, device: DeviceRef) -> None:
         super().__init__()
         self.weight = Weight("weight", dtype, [num_experts, out_features, in_features], device)
 
@@ -46,7 +44,7 @@ class MoE(Module):
         self.down_proj = ExpertWeights(experts, width, hidden_size, dtype, device)
 
     def __call__(self, x: TensorValue, limit: TensorValue) -> TensorValue:
-        """`x [tokens, hidden_size]` and the clamp limit, a scalar on the host, to `[tokens, hidden_size]`.
+        """`x [tokens, hidden_size]` and the clamp limit, a float32 scalar on the host, to `[tokens, hidden_size]`.
 
         Each token's experts are accumulated in float32.
         """
@@ -57,18 +55,18 @@ class MoE(Module):
             if config.router_bias
             else ops.broadcast_to(ops.constant(0.0, DType.float32, device=x.device), (config.num_experts,))
         )
-        ids, weights = moe_ops.route(
+        ids, weights = kernels.route(
             logits,
             bias,
             top_k=config.top_k,
             normalize=config.normalize_weights,
             scale=config.router_scaling_factor,
         )
-        rows, offsets = moe_ops.group(ids, num_experts=config.num_experts)
-        hidden = moe_ops.gate_up(x, self.gate_proj(), self.up_proj(), rows, offsets, limit)
-        return moe_ops.down(hidden, self.down_proj(), rows, offsets, weights)
+        rows, offsets = kernels.group(ids, num_experts=config.num_experts)
+        hidden = kernels.gate_up(x, self.gate_proj(), self.up_proj(), rows, offsets, limit)
+        return kernels.down(hidden, self.down_proj(), rows, offsets, weights)
 
     def _router_logits(self, x: TensorValue) -> TensorValue:
         if self.config.fp32_gate:
-            return moe_ops.linear(ops.cast(x, DType.float32), self.gate.weight)
+            return kernels.linear(ops.cast(x, DType.float32), self.gate.weight)
         return ops.cast(self.gate(x), DType.float32)

@@ -1,7 +1,7 @@
-"""The Mojo ops of the mixture-of-experts layer as graph functions.
+"""The Mojo kernels of the linear layers and the experts as graph functions.
 
-Names of dimensions: `T` tokens, `E` experts, `K` experts a token, `H` hidden size, `M` an expert's intermediate size. An
-assignment `a = t * K + k` is the `k`-th choice of token `t`.
+Names of dimensions: `T` tokens, `E` experts, `K` experts a token, `H` hidden size, `M` an expert's intermediate size.
+An assignment `a = t * K + k` is the `k`-th choice of token `t`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 from max.dtype import DType
 from max.graph import DeviceRef, Dim, DimLike, TensorType, TensorValue, ops
 
-from .custom_ops import custom_op, kernels_path
-
-__all__ = ["down", "gate_up", "group", "kernels_path", "linear", "route", "swiglu"]
+from .custom_ops import custom_op
 
 
 def route(

@@ -1,0 +1,92 @@
+"""Loads models as new processes would: each in a fork of one that has imported MAX and never this package.
+
+In a process in which this package was imported before, its own class would read `config.json` from the start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 60
+"""A fault must show before anything is compiled, which takes longer than this."""
+
+
+class FreshProcesses:
+    """Forks a process for each loading; a context manager."""
+
+    def __init__(self) -> None:
+        # Importing MAX changes the process's environment behind Python's back: hand children Python's view of it.
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env=dict(os.environ),
+        )
+
+    def __enter__(self) -> FreshProcesses:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.communicate()
+
+    def last_line_of_loading(self, folder: Path, **options: object) -> str:
+        """The last line that Python prints of the exception that ends `AutoModel(folder, **options)` on a CPU."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps({"model_path": str(folder), **options}) + "\n")
+        self._server.stdin.flush()
+        answer = json.loads(self._server.stdout.readline())
+        assert isinstance(answer, str), f"the process ended with status {answer}"
+        return answer
+
+
+def serve() -> None:
+    """Answers requests, a JSON line each, on the original standard output."""
+    import max.pipelines.lib.auto_model  # noqa: F401  # forks need not import it again
+
+    answers = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            os.write(writer, json.dumps(load(json.loads(line))).encode())
+            os._exit(0)
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(child, 0)
+        os.write(answers, (answer or json.dumps(status).encode()) + b"\n")
+
+
+def load(options: dict[str, Any]) -> str:
+    """The last line of the exception that ends a loading."""
+    from max.pipelines.lib.auto_model import AutoModel
+
+    signal.alarm(SECONDS)
+    settings: dict[str, Any] = {"devices": "cpu", "custom_architectures": ["pipelines_registry"], "max_length": 512}
+    sys.path.insert(0, str(ROOT))
+    try:
+        AutoModel(**(settings | options))
+    except Exception:
+        return traceback.format_exc().strip().splitlines()[-1]
+    return "loaded"
+
+
+if __name__ == "__main__":
+    serve()
