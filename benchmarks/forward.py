@@ -72,7 +72,11 @@ class Report:
             f"{self.precision.weights} weights, {self.precision.cache} cache",
             f"loaded on {self.devices} in {self.load_seconds:.1f} s, compiling included unless cached",
             f"peak resident memory {loading:.0f} MiB after loading, {rounds:.0f} MiB after the rounds",
-            *([f"other processes kept {self.cores_taken:.1f} cores busy"] if self.cores_taken is not None else []),
+            *(
+                [f"other processes kept {self.cores_taken:.1f} cores busy during the rounds"]
+                if self.cores_taken is not None
+                else []
+            ),
             *([self.bandwidth.line()] if self.bandwidth is not None else []),
             "",
             format_table(Result.HEADER, [result.row() for result in self.results]),

@@ -1,4 +1,4 @@
-"""Step-3.5-Flash for MAX: the public classes, loaded on first use so that command-line tools start without the engine."""
+"""Step-3.5-Flash for MAX: the public classes, loaded on first use so that small tools start without the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model's shape as validated objects, one per layer: the only form in which the rest of the package sees a configuration.
+"""The model's shape as validated objects, one per layer: the only form in which the package sees a configuration.
 
 `pretrained_config.py` keeps a checkpoint's `config.json` as it was written; `parse_model_config` turns it into a
 `ModelConfig` once. Nothing downstream indexes a per-layer list or asks whether a field exists.
@@ -29,7 +29,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of one layer: dim `i` pairs with `i + rotary_dim / 2`; dims from `rotary_dim` on pass unrotated."""
+    """Rotary embedding of one layer: dim `i` pairs with `i + rotary_dim / 2`; dims from `rotary_dim` on pass."""
 
     theta: float
     rotary_dim: int
@@ -40,7 +40,7 @@ class RopeConfig:
 class AttentionConfig:
     """Attention of one layer.
 
-    `sliding_window` is `None` on full layers; otherwise a query sees itself and the `sliding_window - 1` keys before it.
+    `sliding_window` is `None` on full layers; else a query sees itself and the `sliding_window - 1` keys before it.
     `rope` is `None` where `use_rope_layers` switches it off.
     """
 
@@ -88,7 +88,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The whole model: `layers` are the decoder's, `mtp_layers` the multi-token-prediction tail (never run by the decoder)."""
+    """The whole model: `layers` are the decoder's, `mtp_layers` the multi-token-prediction tail, never run by it."""
 
     hidden_size: int
     vocab_size: int

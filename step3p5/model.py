@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 from max import tree
@@ -25,6 +26,7 @@ from typing_extensions import override
 from .batch_processor import Step3p5BatchProcessor
 from .model_config import Step3p5Config
 from .step3p5 import Step3p5
+from .tokenizer import check_token_ids
 
 logger = logging.getLogger("max.pipelines")
 
@@ -137,7 +139,14 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
         kv_cache_inputs: KVCacheInputs[Buffer, Buffer] | None = None,
         return_n_logits: int = 1,
     ) -> Step3p5Inputs:
-        """Prepares the inputs of a step; see `Step3p5BatchProcessor.prepare_initial_token_inputs`."""
+        """Prepares the inputs of a step; see `Step3p5BatchProcessor.prepare_initial_token_inputs`.
+
+        Raises:
+            InputError: A token has no row in the embedding; `AutoModel.generate` passes tokens that no tokenizer saw.
+        """
+        vocab_size = self.arch_config_as(Step3p5Config).model.vocab_size
+        for context in chain.from_iterable(replica_batches):
+            check_token_ids(context.tokens.active, vocab_size)
         inputs = super().prepare_initial_token_inputs(replica_batches, kv_cache_inputs, return_n_logits)
         assert isinstance(inputs, Step3p5Inputs)
         return inputs

@@ -276,7 +276,8 @@ def _flat_fields(model: ModelConfig) -> dict[str, Any]:
     scaling = next((rope.scaling for rope in ropes if rope is not None and rope.scaling is not None), None)
     moes = {layer.index: layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEConfig)}
     moe = next(iter(moes.values()), None)
-    dense = next((l.mlp for l in (*model.layers, *model.mtp_layers) if isinstance(l.mlp, DenseMLPConfig)), None)
+    mlps = [layer.mlp for layer in (*model.layers, *model.mtp_layers)]
+    dense = next((mlp for mlp in mlps if isinstance(mlp, DenseMLPConfig)), None)
     shared = [layer.mlp.shared_expert if isinstance(layer.mlp, MoEConfig) else layer.mlp for layer in model.layers]
     fields: dict[str, Any] = dict(
         hidden_size=model.hidden_size,

@@ -28,6 +28,8 @@ from max.pipelines.modeling.types import RequestID, TextGenerationRequest, TextG
 from safetensors.numpy import load_file, save_file
 
 from step3p5.checkpoint_files import INDEX_NAME
+from step3p5.checkpoint_tensors import CheckpointDtype
+from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.tokenizer import Step3p5Tokenizer
 from step3p5.weight_adapters import convert_safetensor_state_dict
 
@@ -419,9 +421,19 @@ def test_good_prompts_pass(tokenizer: Step3p5Tokenizer) -> None:
             "Row 0 needs at least 1025 tokens (1024 prompt + 1 new), but the pipeline's planned max length is 1024. "
             "Raise max_length.",
         ),
+        (
+            [FIRST_TEXT_TOKEN, 512],
+            "prompt[1]: found token 512, expected 0 to 511 (vocab_size in config.json). Encode the prompt with this "
+            "model's tokenizer.",
+        ),
+        (
+            [-1],
+            "prompt[0]: found token -1, expected 0 to 511 (vocab_size in config.json). Encode the prompt with this "
+            "model's tokenizer.",
+        ),
     ],
 )
 def test_prompts_of_the_python_interface(tiny_model: Runner, prompt: list[int], message: str) -> None:
-    """`AutoModel.generate` takes token ids and no tokenizer; these messages are MAX's."""
+    """`AutoModel.generate` takes token ids and no tokenizer; the first two messages are MAX's."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         tiny_model.model.generate([prompt], max_new_tokens=2)

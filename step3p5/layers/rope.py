@@ -20,14 +20,14 @@ ONE_TURN = 1 << 64
 
 
 def rotary_frequencies(rope: RopeConfig) -> npt.NDArray[np.float64]:
-    """Angular frequencies in radians a position, `[rotary_dim / 2]` float64: `theta^(-2i / rotary_dim)`, then smoothed."""
+    """Radians a position, `[rotary_dim / 2]` float64: `theta^(-2i / rotary_dim)`, then smoothed."""
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / rope.rotary_dim
     frequencies = rope.theta**-exponents
     return frequencies if rope.scaling is None else llama3_smoothing(frequencies, rope.scaling)
 
 
 def llama3_smoothing(frequencies: npt.NDArray[np.float64], scaling: Llama3Scaling) -> npt.NDArray[np.float64]:
-    """Llama-3's context extension: long wavelengths are slowed by `factor`, short ones kept, those between interpolated.
+    """Llama-3's context extension: long wavelengths are slowed by `factor`, short ones kept, the rest blended.
 
     Source: `rope_type: llama3` of transformers' `modeling_rope_utils`.
     """
