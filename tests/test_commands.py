@@ -45,6 +45,7 @@ llm = LLM(PipelineArgs.from_flat_kwargs(
 ))
 answers = llm.generate(["one", "two, three"], max_new_tokens=5, use_tqdm=False)
 assert len(answers) == 2 and all(answers), answers
+del llm  # its thread keeps the process alive until then
 print("completed")
 """
     run = subprocess.run(
