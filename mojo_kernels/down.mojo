@@ -7,6 +7,7 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv, fma
 from std.sys import size_of
 
+from .crossover import down_gpu
 from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
 from .operands import Elements, Floats, Ids, elements, expect_size
@@ -109,10 +110,10 @@ struct Step3p5MoeDown:
 
     @staticmethod
     def execute[
-        dtype: DType, //, target: StaticString
+        y_dtype: DType, act_dtype: DType, dtype: DType, //, target: StaticString
     ](
-        y: OutputTensor[dtype=DType.float32, rank=2, ...],
-        act: InputTensor[dtype=DType.float32, rank=2, ...],
+        y: OutputTensor[dtype=y_dtype, rank=2, ...],
+        act: InputTensor[dtype=act_dtype, rank=2, ...],
         down: InputTensor[dtype=dtype, rank=3, ...],
         rows: InputTensor[dtype=DType.int32, rank=1, ...],
         offsets: InputTensor[dtype=DType.int32, rank=1, ...],
@@ -121,7 +122,11 @@ struct Step3p5MoeDown:
     ) raises:
         """Multiplies every assignment with its expert's down matrix and sums over a token's experts.
 
+        A token's experts are distinct.
+
         Parameters:
+            y_dtype: Type of the result; float32 on a CPU.
+            act_dtype: Type of the activations; float32 on a CPU.
             dtype: Type of the weights; products are accumulated in float32.
             target: Kind of device.
 
@@ -156,19 +161,37 @@ struct Step3p5MoeDown:
         )
         if y.dim_size(0) == 0 or y.dim_size(1) == 0:
             return
-        comptime assert target == "cpu", "step3p5_moe_down: CPU only"
-        down_cpu(
-            Down[dtype](
+        comptime if target == "cpu":
+            comptime assert (
+                y_dtype == DType.float32 and act_dtype == DType.float32
+            ), "step3p5_moe_down: activations are float32 on a CPU"
+            down_cpu(
+                Down[dtype](
+                    rebind[Floats](elements(y.unsafe_ptr())),
+                    rebind[Floats](elements(act.unsafe_ptr())),
+                    elements(down.unsafe_ptr()),
+                    elements(rows.unsafe_ptr()),
+                    elements(weights.unsafe_ptr()),
+                    weights.dim_size(1),
+                    y.dim_size(1),
+                    act.dim_size(1),
+                ),
+                elements(offsets.unsafe_ptr()),
+                y.dim_size(0),
+                down.dim_size(0),
+            )
+        else:
+            down_gpu(
                 elements(y.unsafe_ptr()),
                 elements(act.unsafe_ptr()),
                 elements(down.unsafe_ptr()),
                 elements(rows.unsafe_ptr()),
+                elements(offsets.unsafe_ptr()),
                 elements(weights.unsafe_ptr()),
+                y.dim_size(0),
                 weights.dim_size(1),
+                down.dim_size(0),
                 y.dim_size(1),
                 act.dim_size(1),
-            ),
-            elements(offsets.unsafe_ptr()),
-            y.dim_size(0),
-            down.dim_size(0),
-        )
+                ctx,
+            )

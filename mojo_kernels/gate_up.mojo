@@ -8,6 +8,7 @@ from std.math import ceildiv, exp
 from std.sys import size_of
 from std.utils.numerics import inf
 
+from .crossover import gate_up_gpu
 from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
 from .operands import Elements, Floats, Ids, elements, expect_size
@@ -122,10 +123,10 @@ struct Step3p5MoeGateUp:
 
     @staticmethod
     def execute[
-        dtype: DType, //, target: StaticString
+        act_dtype: DType, x_dtype: DType, dtype: DType, //, target: StaticString
     ](
-        act: OutputTensor[dtype=DType.float32, rank=2, ...],
-        x: InputTensor[dtype=DType.float32, rank=2, ...],
+        act: OutputTensor[dtype=act_dtype, rank=2, ...],
+        x: InputTensor[dtype=x_dtype, rank=2, ...],
         gate: InputTensor[dtype=dtype, rank=3, ...],
         up: InputTensor[dtype=dtype, rank=3, ...],
         rows: InputTensor[dtype=DType.int32, rank=1, ...],
@@ -136,6 +137,8 @@ struct Step3p5MoeGateUp:
         """Multiplies every expert's tokens with its gate and up matrices.
 
         Parameters:
+            act_dtype: Type of the result; float32 on a CPU.
+            x_dtype: Type of the tokens; float32 on a CPU.
             dtype: Type of the weights; products are accumulated in float32.
             target: Kind of device.
 
@@ -166,19 +169,39 @@ struct Step3p5MoeGateUp:
             return
         var top_k = rows.dim_size(0) // tokens
         expect_size(op, "rows[T*K]", rows.dim_size(0), tokens * top_k)
-        comptime assert target == "cpu", "step3p5_moe_gate_up: CPU only"
-        gate_up_cpu(
-            GateUp[dtype](
+        var bound = limit if limit > 0 else inf[DType.float32]()
+        comptime if target == "cpu":
+            comptime assert (
+                x_dtype == DType.float32 and act_dtype == DType.float32
+            ), "step3p5_moe_gate_up: tokens are float32 on a CPU"
+            gate_up_cpu(
+                GateUp[dtype](
+                    rebind[Floats](elements(act.unsafe_ptr())),
+                    rebind[Floats](elements(x.unsafe_ptr())),
+                    elements(gate.unsafe_ptr()),
+                    elements(up.unsafe_ptr()),
+                    elements(rows.unsafe_ptr()),
+                    top_k,
+                    x.dim_size(1),
+                    gate.dim_size(1),
+                    bound,
+                ),
+                elements(offsets.unsafe_ptr()),
+                gate.dim_size(0),
+            )
+        else:
+            gate_up_gpu(
                 elements(act.unsafe_ptr()),
                 elements(x.unsafe_ptr()),
                 elements(gate.unsafe_ptr()),
                 elements(up.unsafe_ptr()),
                 elements(rows.unsafe_ptr()),
+                elements(offsets.unsafe_ptr()),
+                tokens,
                 top_k,
+                gate.dim_size(0),
                 x.dim_size(1),
                 gate.dim_size(1),
-                limit if limit > 0 else inf[DType.float32](),
-            ),
-            elements(offsets.unsafe_ptr()),
-            gate.dim_size(0),
-        )
+                bound,
+                ctx,
+            )

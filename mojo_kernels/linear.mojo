@@ -7,6 +7,7 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.sys import size_of
 
+from .crossover import linear_gpu
 from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
 from .operands import Elements, Floats, elements, expect_size
@@ -77,16 +78,18 @@ struct Step3p5Linear:
 
     @staticmethod
     def execute[
-        dtype: DType, //, target: StaticString
+        y_dtype: DType, x_dtype: DType, dtype: DType, //, target: StaticString
     ](
-        y: OutputTensor[dtype=DType.float32, rank=2, ...],
-        x: InputTensor[dtype=DType.float32, rank=2, ...],
+        y: OutputTensor[dtype=y_dtype, rank=2, ...],
+        x: InputTensor[dtype=x_dtype, rank=2, ...],
         w: InputTensor[dtype=dtype, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
         """Multiplies tokens with a matrix.
 
         Parameters:
+            y_dtype: Type of the result; float32 on a CPU.
+            x_dtype: Type of the tokens; float32 on a CPU.
             dtype: Type of the weights; products are accumulated in float32.
             target: Kind of device.
 
@@ -102,14 +105,27 @@ struct Step3p5Linear:
         expect_size(op, "y[T, N] dim T", y.dim_size(0), x.dim_size(0))
         if y.dim_size(0) == 0 or y.dim_size(1) == 0:
             return
-        comptime assert target == "cpu", "step3p5_linear: CPU only"
-        linear_cpu(
-            Linear[dtype](
+        comptime if target == "cpu":
+            comptime assert (
+                y_dtype == DType.float32 and x_dtype == DType.float32
+            ), "step3p5_linear: tokens are float32 on a CPU"
+            linear_cpu(
+                Linear[dtype](
+                    rebind[Floats](elements(y.unsafe_ptr())),
+                    rebind[Floats](elements(x.unsafe_ptr())),
+                    elements(w.unsafe_ptr()),
+                    x.dim_size(1),
+                    w.dim_size(0),
+                ),
+                x.dim_size(0),
+            )
+        else:
+            linear_gpu(
                 elements(y.unsafe_ptr()),
                 elements(x.unsafe_ptr()),
                 elements(w.unsafe_ptr()),
+                x.dim_size(0),
                 x.dim_size(1),
                 w.dim_size(0),
-            ),
-            x.dim_size(0),
-        )
+                ctx,
+            )

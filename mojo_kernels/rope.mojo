@@ -10,6 +10,9 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import cos, sin
 
+from .operands import elements
+from .rope_gpu import rope_gpu, rope_table_gpu
+
 comptime TWO_PI = Float64(6.283185307179586476925286766559)
 comptime TURN = Float64(18446744073709551616.0)
 """One turn in the fixed-point unit: 2^64."""
@@ -30,9 +33,6 @@ struct RopeTable:
         turns: InputTensor[dtype=DType.uint64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        comptime assert (
-            target == "cpu"
-        ), "step3p5_rope_table has a CPU body only"
         var half = turns.dim_size(0)
         if table.dim_size(1) != 2 * half:
             raise Error(
@@ -41,17 +41,29 @@ struct RopeTable:
                 " columns, expected 2 x ",
                 half,
             )
-        for request in range(cache_lengths.dim_size(0)):
-            var first = Int(row_offsets[request])
-            var position = UInt64(cache_lengths[request])
-            for t in range(first, Int(row_offsets[request + 1])):
-                for i in range(half):
-                    # Signed, so that the angle lies in [-pi, pi).
-                    var turn = Int64(turns[i] * position)
-                    var angle = turn.cast[DType.float64]() * (TWO_PI / TURN)
-                    table[t, i] = cos(angle).cast[DType.float32]()
-                    table[t, half + i] = sin(angle).cast[DType.float32]()
-                position += 1
+        comptime if target == "cpu":
+            for request in range(cache_lengths.dim_size(0)):
+                var first = Int(row_offsets[request])
+                var position = UInt64(cache_lengths[request])
+                for t in range(first, Int(row_offsets[request + 1])):
+                    for i in range(half):
+                        # Signed, so that the angle lies in [-pi, pi).
+                        var turn = Int64(turns[i] * position)
+                        var angle = turn.cast[DType.float64]() * (TWO_PI / TURN)
+                        table[t, i] = cos(angle).cast[DType.float32]()
+                        table[t, half + i] = sin(angle).cast[DType.float32]()
+                    position += 1
+        else:
+            rope_table_gpu(
+                elements(table.unsafe_ptr()),
+                elements(row_offsets.unsafe_ptr()),
+                elements(cache_lengths.unsafe_ptr()),
+                elements(turns.unsafe_ptr()),
+                cache_lengths.dim_size(0),
+                table.dim_size(0),
+                half,
+                ctx,
+            )
 
 
 @extensibility.register("step3p5_rope")
@@ -68,7 +80,6 @@ struct Rope:
         table: InputTensor[dtype=DType.float32, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
-        comptime assert target == "cpu", "step3p5_rope has a CPU body only"
         var heads = x.dim_size(1)
         var head_dim = x.dim_size(2)
         var half = table.dim_size(1) // 2
@@ -80,26 +91,41 @@ struct Rope:
                 head_dim,
             )
 
-        def rotate_token(t: Int) {imm}:
-            var cosines = table.unsafe_ptr().unsafe_offset(t * 2 * half)
-            var sines = cosines.unsafe_offset(half)
-            for h in range(heads):
-                var source = x.unsafe_ptr().unsafe_offset(
-                    (t * heads + h) * head_dim
-                )
-                var result = y.unsafe_ptr().unsafe_offset(
-                    (t * heads + h) * head_dim
-                )
-                for i in range(half):
-                    var a = source[unsafe_offset=i].cast[DType.float32]()
-                    var b = source[unsafe_offset=half + i].cast[DType.float32]()
-                    var c = cosines[unsafe_offset=i]
-                    var s = sines[unsafe_offset=i]
-                    result[unsafe_offset=i] = (a * c - b * s).cast[dtype]()
-                    result[unsafe_offset=half + i] = (b * c + a * s).cast[
-                        dtype
-                    ]()
-                for i in range(2 * half, head_dim):
-                    result[unsafe_offset=i] = source[unsafe_offset=i]
+        comptime if target == "cpu":
 
-        sync_parallelize(rotate_token, x.dim_size(0))
+            def rotate_token(t: Int) {imm}:
+                var cosines = table.unsafe_ptr().unsafe_offset(t * 2 * half)
+                var sines = cosines.unsafe_offset(half)
+                for h in range(heads):
+                    var source = x.unsafe_ptr().unsafe_offset(
+                        (t * heads + h) * head_dim
+                    )
+                    var result = y.unsafe_ptr().unsafe_offset(
+                        (t * heads + h) * head_dim
+                    )
+                    for i in range(half):
+                        var a = source[unsafe_offset=i].cast[DType.float32]()
+                        var b = source[unsafe_offset=half + i].cast[
+                            DType.float32
+                        ]()
+                        var c = cosines[unsafe_offset=i]
+                        var s = sines[unsafe_offset=i]
+                        result[unsafe_offset=i] = (a * c - b * s).cast[dtype]()
+                        result[unsafe_offset=half + i] = (b * c + a * s).cast[
+                            dtype
+                        ]()
+                    for i in range(2 * half, head_dim):
+                        result[unsafe_offset=i] = source[unsafe_offset=i]
+
+            sync_parallelize(rotate_token, x.dim_size(0))
+        else:
+            rope_gpu(
+                elements(y.unsafe_ptr()),
+                elements(x.unsafe_ptr()),
+                elements(table.unsafe_ptr()),
+                x.dim_size(0),
+                heads,
+                head_dim,
+                half,
+                ctx,
+            )

@@ -4,31 +4,55 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from std.math import exp
-from std.memory import bitcast
-from std.utils.numerics import isnan
 
-from .operands import expect_size
+from .operands import Floats, Ids, elements, expect_size
+from .route_gpu import route_gpu
+from .score import order_key, sigmoid
 from .tasks import share, task_count
 
 
-@always_inline
-def sigmoid(x: Float32) -> Float32:
-    """`1 / (1 + exp(-x))`, computed in float64 so that the result is correctly rounded but for rare ties.
-    """
-    if isnan(x):  # `exp` takes NaN to a number.
-        return x
-    return (1 / (1 + exp(-x.cast[DType.float64]()))).cast[DType.float32]()
+def route_cpu[
+    normalize: Bool
+](
+    ids: Ids,
+    weights: Floats,
+    logits: Floats,
+    bias: Floats,
+    tokens: Int,
+    experts: Int,
+    top_k: Int,
+    scale: Float32,
+):
+    """Every task routes a share of the tokens."""
+    # A score costs about as much as reading 16 numbers.
+    var tasks = task_count(tokens, tokens * experts * 64, 1)
 
+    def task(index: Int) {imm}:
+        var scores = List[Float32](length=experts, fill=0)
+        var keys = List[Int32](length=experts, fill=0)
+        var first, last = share(tokens, index, tasks)
+        for t in range(first, last):
+            for e in range(experts):
+                scores[e] = sigmoid(logits[unsafe_offset=t * experts + e])
+                keys[e] = order_key(scores[e] + bias[unsafe_offset=e])
+            var chosen = weights.unsafe_offset(t * top_k)
+            var total = Float32(0)
+            for k in range(top_k):
+                var best = 0
+                for e in range(1, experts):
+                    if keys[e] > keys[best]:
+                        best = e
+                keys[best] = Int32.MIN
+                ids[unsafe_offset=t * top_k + k] = Int32(best)
+                chosen[unsafe_offset=k] = scores[best]
+                total += scores[best]
+            comptime if normalize:
+                for k in range(top_k):
+                    chosen[unsafe_offset=k] /= total + 1e-20
+            for k in range(top_k):
+                chosen[unsafe_offset=k] *= scale
 
-@always_inline
-def order_key(score: Float32) -> Int32:
-    """An integer that orders as the score does; NaN is above all, so that a broken token stays visible.
-    """
-    if isnan(score):
-        return Int32.MAX
-    var bits = bitcast[DType.int32](score)
-    return bits if bits >= 0 else bits ^ Int32.MAX
+    sync_parallelize(task, tasks)
 
 
 @extensibility.register("step3p5_moe_route")
@@ -78,37 +102,26 @@ struct Step3p5MoeRoute:
                 experts,
                 " experts",
             )
-        comptime assert target == "cpu", "step3p5_moe_route: CPU only"
-        # A score costs about as much as reading 16 numbers.
-        var tasks = task_count(tokens, tokens * experts * 64, 1)
-
-        def task(index: Int) {imm}:
-            var scores = List[Float32](length=experts, fill=0)
-            var keys = List[Int32](length=experts, fill=0)
-            var first, last = share(tokens, index, tasks)
-            for t in range(first, last):
-                for e in range(experts):
-                    scores[e] = sigmoid(
-                        logits.unsafe_ptr()[unsafe_offset=t * experts + e]
-                    )
-                    keys[e] = order_key(
-                        scores[e] + bias.unsafe_ptr()[unsafe_offset=e]
-                    )
-                var chosen = weights.unsafe_ptr().unsafe_offset(t * top_k)
-                var total = Float32(0)
-                for k in range(top_k):
-                    var best = 0
-                    for e in range(1, experts):
-                        if keys[e] > keys[best]:
-                            best = e
-                    keys[best] = Int32.MIN
-                    ids.unsafe_ptr()[unsafe_offset=t * top_k + k] = Int32(best)
-                    chosen[unsafe_offset=k] = scores[best]
-                    total += scores[best]
-                comptime if normalize:
-                    for k in range(top_k):
-                        chosen[unsafe_offset=k] /= total + 1e-20
-                for k in range(top_k):
-                    chosen[unsafe_offset=k] *= scale
-
-        sync_parallelize(task, tasks)
+        comptime if target == "cpu":
+            route_cpu[normalize](
+                elements(ids.unsafe_ptr()),
+                elements(weights.unsafe_ptr()),
+                elements(logits.unsafe_ptr()),
+                elements(bias.unsafe_ptr()),
+                tokens,
+                experts,
+                top_k,
+                scale,
+            )
+        else:
+            route_gpu[normalize](
+                elements(ids.unsafe_ptr()),
+                elements(weights.unsafe_ptr()),
+                elements(logits.unsafe_ptr()),
+                elements(bias.unsafe_ptr()),
+                tokens,
+                experts,
+                top_k,
+                scale,
+                ctx,
+            )

@@ -5,8 +5,9 @@ from extensibility import InputTensor, OutputTensor
 from max.gpu.host import DeviceContext
 from std.utils.numerics import inf
 
+from .crossover import swiglu_gpu
 from .gate_up import GateUp, gate_up_cpu
-from .operands import elements, expect_size
+from .operands import Floats, elements, expect_size
 
 
 @extensibility.register("step3p5_swiglu")
@@ -15,10 +16,10 @@ struct Step3p5Swiglu:
 
     @staticmethod
     def execute[
-        dtype: DType, //, target: StaticString
+        act_dtype: DType, x_dtype: DType, dtype: DType, //, target: StaticString
     ](
-        act: OutputTensor[dtype=DType.float32, rank=2, ...],
-        x: InputTensor[dtype=DType.float32, rank=2, ...],
+        act: OutputTensor[dtype=act_dtype, rank=2, ...],
+        x: InputTensor[dtype=x_dtype, rank=2, ...],
         gate: InputTensor[dtype=dtype, rank=2, ...],
         up: InputTensor[dtype=dtype, rank=2, ...],
         limit: Float32,
@@ -27,6 +28,8 @@ struct Step3p5Swiglu:
         """Multiplies tokens with a gate and an up matrix.
 
         Parameters:
+            act_dtype: Type of the result; float32 on a CPU.
+            x_dtype: Type of the tokens; float32 on a CPU.
             dtype: Type of the weights; products are accumulated in float32.
             target: Kind of device.
 
@@ -47,25 +50,41 @@ struct Step3p5Swiglu:
         expect_size(op, "act[T, M] dim M", act.dim_size(1), gate.dim_size(0))
         if tokens == 0 or gate.dim_size(0) == 0:
             return
-        comptime assert target == "cpu", "step3p5_swiglu: CPU only"
-        var rows = List[Int32](capacity=tokens)
-        for t in range(tokens):
-            rows.append(Int32(t))
-        var offsets: List[Int32] = [0, Int32(tokens)]
-        gate_up_cpu(
-            GateUp[dtype](
+        var bound = limit if limit > 0 else inf[DType.float32]()
+        comptime if target == "cpu":
+            comptime assert (
+                x_dtype == DType.float32 and act_dtype == DType.float32
+            ), "step3p5_swiglu: tokens are float32 on a CPU"
+            var rows = List[Int32](capacity=tokens)
+            for t in range(tokens):
+                rows.append(Int32(t))
+            var offsets: List[Int32] = [0, Int32(tokens)]
+            gate_up_cpu(
+                GateUp[dtype](
+                    rebind[Floats](elements(act.unsafe_ptr())),
+                    rebind[Floats](elements(x.unsafe_ptr())),
+                    elements(gate.unsafe_ptr()),
+                    elements(up.unsafe_ptr()),
+                    rows.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                    1,
+                    x.dim_size(1),
+                    gate.dim_size(0),
+                    bound,
+                ),
+                offsets.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                1,
+            )
+            _ = rows^  # Kept alive: the kernel holds only its elements.
+            _ = offsets^
+        else:
+            swiglu_gpu(
                 elements(act.unsafe_ptr()),
                 elements(x.unsafe_ptr()),
                 elements(gate.unsafe_ptr()),
                 elements(up.unsafe_ptr()),
-                rows.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-                1,
+                tokens,
                 x.dim_size(1),
                 gate.dim_size(0),
-                limit if limit > 0 else inf[DType.float32](),
-            ),
-            offsets.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            1,
-        )
-        _ = rows^  # Kept alive: the kernel holds only its elements.
-        _ = offsets^
+                bound,
+                ctx,
+            )

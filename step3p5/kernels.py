@@ -74,7 +74,7 @@ def gate_up(
     """`silu(gate x) * (up x)` of every assignment, or `min(silu(gate x), L) * clamp(up x, -L, L)` with a limit.
 
     Args:
-        x: Tokens `[T, H]`, float32.
+        x: Tokens `[T, H]`, float32; on a GPU also bfloat16.
         gate: Gate matrices `[E, M, H]`, float32 or bfloat16.
         up: Up matrices `[E, M, H]`, as `gate`.
         rows: From `group`, `[T * K]`.
@@ -82,23 +82,23 @@ def gate_up(
         limit: `L`, a float32 scalar on the host; infinite clamps nothing.
 
     Returns:
-        Activations `[T * K, M]`, float32, in the order of `rows`.
+        Activations `[T * K, M]` of the type of `x`, in the order of `rows`.
     """
     return custom_op(
         "step3p5_moe_gate_up",
         x.device,
         [x, gate, up, rows, offsets, limit],
-        [TensorType(DType.float32, (rows.shape[0], gate.shape[1]), x.device)],
+        [TensorType(x.dtype, (rows.shape[0], gate.shape[1]), x.device)],
     )[0]
 
 
 def down(
     act: TensorValue, down: TensorValue, rows: TensorValue, offsets: TensorValue, weights: TensorValue
 ) -> TensorValue:
-    """`y_t = sum_k weights[t, k] * (down_e act)`, summed in float32 in ascending order of a token's experts.
+    """`y_t = sum_k weights[t, k] * (down_e act)`, summed in float32 in a fixed order of a token's experts.
 
     Args:
-        act: From `gate_up`, `[T * K, M]`, float32.
+        act: From `gate_up`, `[T * K, M]`; a token's experts are distinct.
         down: Down matrices `[E, H, M]`, float32 or bfloat16.
         rows: From `group`, `[T * K]`.
         offsets: From `group`, `[E + 1]`.
@@ -115,13 +115,23 @@ def down(
     )[0]
 
 
-def linear(x: TensorValue, w: TensorValue) -> TensorValue:
-    """`x w^T` for `x [T, K]` in float32 and `w [N, K]` in float32 or bfloat16, accumulated in float32: `[T, N]`."""
+def linear(x: TensorValue, w: TensorValue, *, dtype: DType | None = None) -> TensorValue:
+    """`x w^T`, accumulated in float32.
+
+    Args:
+        x: Tokens `[T, K]`, float32; on a GPU also bfloat16.
+        w: Weights `[N, K]`, float32 or bfloat16.
+        dtype: Type of the result, that of `x` by default; bfloat16 operands with a float32 result lose nothing but the
+            sums' rounding.
+
+    Returns:
+        `[T, N]`.
+    """
     return custom_op(
         "step3p5_linear",
         x.device,
         [x, w],
-        [TensorType(DType.float32, (x.shape[0], w.shape[0]), x.device)],
+        [TensorType(dtype or x.dtype, (x.shape[0], w.shape[0]), x.device)],
     )[0]
 
 
@@ -131,7 +141,7 @@ def swiglu(x: TensorValue, gate: TensorValue, up: TensorValue, limit: TensorValu
         "step3p5_swiglu",
         x.device,
         [x, gate, up, limit],
-        [TensorType(DType.float32, (x.shape[0], gate.shape[0]), x.device)],
+        [TensorType(x.dtype, (x.shape[0], gate.shape[0]), x.device)],
     )[0]
 
 

@@ -68,5 +68,5 @@ class MoE(Module):
 
     def _router_logits(self, x: TensorValue) -> TensorValue:
         if self.config.fp32_gate:
-            return kernels.linear(ops.cast(x, DType.float32), self.gate.weight)
+            return kernels.linear(x, self.gate.weight, dtype=DType.float32)
         return ops.cast(self.gate(x), DType.float32)

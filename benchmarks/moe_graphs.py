@@ -1,0 +1,72 @@
+"""The graphs that `moe.py` compiles and `moe_run.py` measures: one op, launched many times with other operands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from max.dtype import DType
+from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
+
+from step3p5 import kernels
+
+EXPERTS, TOP_K, HIDDEN, WIDTH = 288, 8, 4096, 1280
+SCALE = 3.0
+GPU = DeviceRef.GPU()
+BF16, F32, I32 = DType.bfloat16, DType.float32, DType.int32
+
+REPEATS = {16: 64, 512: 16, 8192: 4}
+"""Launches of a graph by the number of tokens up to which they are used."""
+
+Build = Callable[[int], Graph]
+
+
+def no_limit() -> TensorValue:
+    return ops.constant(float("inf"), F32, device=DeviceRef.CPU())
+
+
+def experts_graph(repeats: int) -> Graph:
+    """(x, gate, up, down, then rows, offsets and weights of every launch) -> y of every launch."""
+    types = [TensorType(BF16, shape, GPU) for shape in (("T", HIDDEN), *2 * ((EXPERTS, WIDTH, HIDDEN),))]
+    types.append(TensorType(BF16, (EXPERTS, HIDDEN, WIDTH), GPU))
+    for _ in range(repeats):
+        types += [TensorType(I32, ("A",), GPU), TensorType(I32, (EXPERTS + 1,), GPU)]
+        types.append(TensorType(F32, ("T", TOP_K), GPU))
+    with Graph("experts", input_types=types) as graph:
+        x, gate, up, down, *launches = (value.tensor for value in graph.inputs)
+        outputs = []
+        for i in range(repeats):
+            rows, offsets, weights = launches[3 * i : 3 * i + 3]
+            act = kernels.gate_up(x, gate, up, rows, offsets, no_limit())
+            outputs.append(kernels.down(act, down, rows, offsets, weights))
+        graph.output(*outputs)
+    return graph
+
+
+def route_graph(repeats: int) -> Graph:
+    """(bias, then logits of every launch) -> ids and weights of every launch."""
+    types = [TensorType(F32, (EXPERTS,), GPU), *repeats * [TensorType(F32, ("T", EXPERTS), GPU)]]
+    with Graph("route", input_types=types) as graph:
+        bias, *launches = (value.tensor for value in graph.inputs)
+        routed = [kernels.route(logits, bias, top_k=TOP_K, normalize=True, scale=SCALE) for logits in launches]
+        graph.output(*(result for pair in routed for result in pair))
+    return graph
+
+
+def group_graph(repeats: int) -> Graph:
+    """(ids of every launch) -> rows and offsets of every launch."""
+    with Graph("group", input_types=repeats * [TensorType(I32, ("T", TOP_K), GPU)]) as graph:
+        grouped = [kernels.group(ids.tensor, num_experts=EXPERTS) for ids in graph.inputs]
+        graph.output(*(result for pair in grouped for result in pair))
+    return graph
+
+
+GRAPHS: dict[str, tuple[Build, tuple[int, ...]]] = {
+    "experts": (experts_graph, tuple(REPEATS.values())),
+    "route": (route_graph, (REPEATS[16],)),
+    "group": (group_graph, (REPEATS[16],)),
+}
+"""Every op's graph, and the numbers of launches to compile it with."""

@@ -1,0 +1,359 @@
+"""The measuring half of `moe.py`: correctness against PyTorch, then times, on one NVIDIA GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from max.driver import Accelerator, Buffer
+from max.engine import InferenceSession, Model
+from max.engine.api import read
+from moe_graphs import EXPERTS, HIDDEN, REPEATS, SCALE, TOP_K, WIDTH
+from report import format_table, write_json
+
+DEVICE = "cuda"
+ROUNDS = 6
+"""Executions of a graph that are timed, after one that is not."""
+
+VLLM_MS = dict(
+    zip(
+        (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192),
+        (0.113, 0.196, 0.367, 0.684, 1.126, 1.747, 2.545, 3.007, 3.121, 3.182, 3.464, 5.648),
+        strict=True,
+    )
+)
+"""vLLM 0.23's fused MoE kernel at these sizes on one H100 with random routing, as a CUDA graph: measured before,
+not by this program."""
+
+LARGEST_ERROR = 1e-2
+"""Of `|y - reference| / |reference|`: the activations are bfloat16, and so may be the products that are summed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement of the routed experts."""
+
+    variant: str
+    routing: str
+    tokens: int
+    experts_hit: float
+    floor_ms: float
+    ms: float
+    spread_ms: tuple[float, float]
+    times_floor: float
+    vllm_ms: float | None
+    error: float
+    same_bits: bool
+    nan_contained: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallRow:
+    """One measurement of the router or the grouping."""
+
+    op: str
+    tokens: int
+    us: float
+    correct: bool
+
+
+@dataclasses.dataclass
+class Report:
+    """Everything that a run found."""
+
+    gpu: str
+    copy_tb_s: float
+    read_tb_s: float
+    date: str
+    experts: list[Row]
+    small: list[SmallRow]
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """A launch's choice of experts, as the graph takes it."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    rows: torch.Tensor
+    offsets: torch.Tensor
+
+    @classmethod
+    def of(cls, ids: torch.Tensor) -> Routing:
+        flat = ids.reshape(-1)
+        counts = torch.bincount(flat, minlength=EXPERTS)
+        offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32, device=DEVICE)
+        offsets[1:] = counts.cumsum(0)
+        rows = flat.argsort(stable=True).to(torch.int32)
+        weights = torch.rand(ids.shape, device=DEVICE) + 0.1
+        return cls(ids.to(torch.int32), weights * SCALE / weights.sum(1, keepdim=True), rows, offsets)
+
+    def experts_hit(self) -> int:
+        return int((self.offsets[1:] != self.offsets[:-1]).sum())
+
+    def buffers(self) -> list[Buffer]:
+        return [Buffer.from_dlpack(tensor) for tensor in (self.rows, self.offsets, self.weights)]
+
+
+def random_ids(tokens: int) -> torch.Tensor:
+    """Every token's experts uniformly random."""
+    return torch.rand(tokens, EXPERTS, device=DEVICE).topk(TOP_K, 1).indices
+
+
+def eight_ids(tokens: int) -> torch.Tensor:
+    """All tokens on the same eight experts."""
+    chosen = torch.randperm(EXPERTS, device=DEVICE)[:TOP_K]
+    order = torch.rand(tokens, TOP_K, device=DEVICE).argsort(1)
+    return chosen[order]
+
+
+def zipf_ids(tokens: int) -> torch.Tensor:
+    """Distinct experts drawn with probabilities 1, 1/2, 1/3, …"""
+    popularity = 1.0 / torch.arange(1, EXPERTS + 1, device=DEVICE)
+    popularity = popularity[torch.randperm(EXPERTS, device=DEVICE)]
+    exponential = -torch.rand(tokens, EXPERTS, device=DEVICE).log()
+    return (popularity / exponential).topk(TOP_K, 1).indices
+
+
+ROUTINGS: dict[str, Callable[[int], torch.Tensor]] = {"random": random_ids, "eight": eight_ids, "zipf": zipf_ids}
+
+
+class Experts:
+    """The layer's weights, and its result in float32."""
+
+    def __init__(self) -> None:
+        def matrices(rows: int, columns: int) -> torch.Tensor:
+            values = torch.randn(EXPERTS, rows, columns, device=DEVICE, dtype=torch.bfloat16)
+            return values.mul_(columns**-0.5)
+
+        self.gate, self.up = (matrices(WIDTH, HIDDEN) for _ in range(2))
+        self.down = matrices(HIDDEN, WIDTH)
+
+    def buffers(self) -> list[Buffer]:
+        return [Buffer.from_dlpack(tensor) for tensor in (self.gate, self.up, self.down)]
+
+    def reference(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        y = torch.zeros(x.shape, device=DEVICE)
+        offsets = routing.offsets.tolist()
+        weights = routing.weights.reshape(-1)
+        for e in range(EXPERTS):
+            assignments = routing.rows[offsets[e] : offsets[e + 1]].long()
+            if len(assignments) == 0:
+                continue
+            tokens = assignments // TOP_K
+            values = x[tokens].float()
+            act = torch.nn.functional.silu(values @ self.gate[e].float().T) * (values @ self.up[e].float().T)
+            y[tokens] += weights[assignments, None] * (act @ self.down[e].float().T)
+        return y
+
+
+class Machine:
+    """The GPU with its session, and times on it."""
+
+    def __init__(self) -> None:
+        self.device = Accelerator()
+        self.session = InferenceSession(devices=[self.device])
+
+    def load(self, file: Path) -> Model:
+        return self.session.init(read(file))
+
+    def execute(self, model: Model, operands: Sequence[Buffer]) -> list[torch.Tensor]:
+        torch.cuda.synchronize()
+        outputs = model.execute(*operands)
+        self.device.synchronize()
+        return [torch.from_dlpack(output) for output in outputs]
+
+    def seconds(self, model: Model, operands: Sequence[Buffer], launches: int) -> list[float]:
+        """Seconds a launch, of every timed execution."""
+        torch.cuda.synchronize()
+        times = []
+        for _ in range(ROUNDS + 1):
+            self.device.synchronize()
+            start = time.perf_counter()
+            outputs = model.execute(*operands)
+            self.device.synchronize()
+            times.append((time.perf_counter() - start) / launches)
+            del outputs
+        return times[1:]
+
+    @staticmethod
+    def memory_rates() -> tuple[float, float]:
+        """TB/s of a copy (read plus written) and of a sum (read) over 4 GiB."""
+        source = torch.randint(0, 100, (1 << 32,), device=DEVICE, dtype=torch.uint8).view(torch.float32)
+        target = torch.empty_like(source)
+        rates = []
+        for call, traffic in ((lambda: target.copy_(source), 2), (lambda: source.amax(), 1)):
+            times = []
+            for _ in range(12):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end))
+            rates.append(traffic * source.nbytes / statistics.median(times[2:]) * 1e-9)
+        return rates[0], rates[1]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+def measure_experts(
+    machine: Machine,
+    experts: Experts,
+    model: Model,
+    launches: int,
+    variant: str,
+    routing: str,
+    tokens: int,
+    rate: float,
+) -> Row:
+    """Checks one graph at one size, then times it."""
+    x = torch.randn(tokens, HIDDEN, device=DEVICE).to(torch.bfloat16)
+    routings = [Routing.of(ROUTINGS[routing](tokens)) for _ in range(launches)]
+    fixed = experts.buffers()
+    varied = [buffer for each in routings for buffer in each.buffers()]
+
+    def execute(values: torch.Tensor) -> list[torch.Tensor]:
+        return machine.execute(model, [Buffer.from_dlpack(values), *fixed, *varied])
+
+    poisoned = execute(torch.full_like(x, torch.nan))
+    del poisoned
+    outputs = execute(x)
+    first = [y.clone() for y in outputs[:2]]
+    errors = [relative_error(outputs[i], experts.reference(x, routings[i])) for i in (0, launches - 1)]
+    del outputs
+    again = execute(x)
+    same_bits = all(torch.equal(a, b) for a, b in zip(first, again, strict=False))
+    del again
+    broken = x.clone()
+    broken[0, 7] = torch.nan
+    with_nan = execute(broken)[0]
+    contained = bool(with_nan[0].isnan().all()) and torch.equal(with_nan[1:], first[0][1:])
+    del with_nan
+    times = machine.seconds(model, [Buffer.from_dlpack(x), *fixed, *varied], launches)
+    median = statistics.median(times)
+    hit = statistics.mean(each.experts_hit() for each in routings)
+    floor = hit * 3 * HIDDEN * WIDTH * 2 / (rate * 1e12)
+    return Row(
+        variant=variant,
+        routing=routing,
+        tokens=tokens,
+        experts_hit=hit,
+        floor_ms=1e3 * floor,
+        ms=1e3 * median,
+        spread_ms=(1e3 * min(times), 1e3 * max(times)),
+        times_floor=median / floor,
+        vllm_ms=VLLM_MS.get(tokens) if routing == "random" else None,
+        error=max(errors),
+        same_bits=same_bits,
+        nan_contained=contained,
+    )
+
+
+def measure_route(machine: Machine, model: Model, launches: int, tokens: int) -> SmallRow:
+    """The router against float64."""
+    logits = [torch.randn(tokens, EXPERTS, device=DEVICE) for _ in range(launches)]
+    bias = torch.randn(EXPERTS, device=DEVICE) * 0.1
+    operands = [Buffer.from_dlpack(tensor) for tensor in (bias, *logits)]
+    ids, weights = machine.execute(model, operands)[:2]
+    scores = logits[0].double().sigmoid().float()
+    # A stable sort keeps the lower of two equal experts first.
+    expected = (scores + bias).sort(1, descending=True, stable=True).indices[:, :TOP_K]
+    chosen = scores.gather(1, expected)
+    chosen = chosen / (chosen.sum(1, keepdim=True) + 1e-20) * SCALE
+    correct = torch.equal(ids.long(), expected) and torch.allclose(weights, chosen, rtol=1e-5, atol=0)
+    return SmallRow("route", tokens, 1e6 * statistics.median(machine.seconds(model, operands, launches)), correct)
+
+
+def measure_group(machine: Machine, model: Model, launches: int, tokens: int) -> SmallRow:
+    """The grouping against a stable sort, half of the launches with all tokens on eight experts."""
+    routings = [Routing.of((random_ids if i % 2 else eight_ids)(tokens)) for i in range(launches)]
+    operands = [Buffer.from_dlpack(each.ids) for each in routings]
+    outputs = machine.execute(model, operands)
+    correct = all(
+        torch.equal(outputs[2 * i], each.rows) and torch.equal(outputs[2 * i + 1], each.offsets)
+        for i, each in enumerate(routings)
+    )
+    return SmallRow("group", tokens, 1e6 * statistics.median(machine.seconds(model, operands, launches)), correct)
+
+
+def show(report: Report) -> None:
+    """Prints the tables."""
+    print(f"{report.gpu}, PyTorch copies at {report.copy_tb_s:.2f} TB/s and reads at {report.read_tb_s:.2f} TB/s")
+    header = ["variant", "routing", "tokens", "experts hit", "floor, ms", "ours, ms", "x floor", "vLLM 0.23, ms *"]
+    header += ["error", "same bits", "NaN kept"]
+    rows = [
+        [
+            row.variant,
+            row.routing,
+            str(row.tokens),
+            f"{row.experts_hit:.0f}",
+            f"{row.floor_ms:.3f}",
+            f"{row.ms:.3f}",
+            f"{row.times_floor:.3f}",
+            "" if row.vllm_ms is None else f"{row.vllm_ms:.3f}",
+            f"{row.error:.1e}",
+            "yes" if row.same_bits else "NO",
+            "yes" if row.nan_contained else "NO",
+        ]
+        for row in report.experts
+    ]
+    print(format_table(header, rows))
+    print("* random routing, one H100, CUDA graph: measured beforehand, not in this run")
+    print(
+        format_table(
+            ["op", "tokens", "us", "correct"],
+            [[row.op, str(row.tokens), f"{row.us:.1f}", "yes" if row.correct else "NO"] for row in report.small],
+        )
+    )
+
+
+def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], json: Path) -> None:
+    """Checks and measures the graphs in `DIR`, prints tables and writes `json`.
+
+    Raises:
+        SystemExit: If a result was wrong; after everything has been printed and written.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    machine = Machine()
+    copy_rate, read_rate = machine.memory_rates()
+    report = Report(
+        torch.cuda.get_device_name(), copy_rate, read_rate, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [], []
+    )
+    experts = Experts()
+    names = variants if variants is not None else sorted(path.name for path in folder.iterdir() if path.is_dir())
+    for variant in names:
+        for launches in REPEATS.values():
+            file = folder / variant / f"experts-{launches}.mef"
+            sizes = [t for t in tokens if launches == next(n for limit, n in REPEATS.items() if t <= limit)]
+            if not file.exists() or not sizes:
+                continue
+            model = machine.load(file)
+            for routing in ROUTINGS:
+                for size in sizes:
+                    report.experts.append(
+                        measure_experts(machine, experts, model, launches, variant, routing, size, copy_rate)
+                    )
+                    gc.collect()
+            del model
+        small: tuple[tuple[str, Callable[..., SmallRow]], ...] = (("route", measure_route), ("group", measure_group))
+        for op, measure in small:
+            launches = next(iter(REPEATS.values()))
+            file = folder / variant / f"{op}-{launches}.mef"
+            if file.exists():
+                model = machine.load(file)
+                report.small += [measure(machine, model, launches, size) for size in tokens]
+    show(report)
+    write_json(json, report)
+    wrong: list[Any] = [row for row in report.small if not row.correct]
+    wrong += [row for row in report.experts if not (row.error < LARGEST_ERROR and row.same_bits and row.nan_contained)]
+    if wrong:
+        raise SystemExit(f"{len(wrong)} wrong results, the first: {wrong[0]}")

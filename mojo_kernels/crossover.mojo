@@ -1,0 +1,273 @@
+"""Which path multiplies on a GPU, by its kind, the operands' types and sizes, and measured numbers of tokens."""
+
+from max.gpu.host import DeviceContext
+
+from .dense_gpu import dense_fits, linear_dense, swiglu_dense
+from .down_gpu import down_fits, down_stream
+from .gate_up_gpu import gate_up_fits, gate_up_stream, swiglu_stream
+from .grouped_gpu import down_grouped, gate_up_grouped
+from .linear_gpu import linear_fits, linear_stream
+from .operands import Elements, Floats, Ids
+from .plain_gpu import down_plain, gate_up_plain, linear_plain, swiglu_plain
+from .stream_gpu import BFloats
+
+comptime GROUPED_FROM_TOKENS = 256
+"""From so many tokens on, the experts run as a grouped matrix product; below, their weights are streamed (on an H100).
+"""
+
+comptime DENSE_FROM_TOKENS = 65
+"""From so many tokens on, dense layers run through WGMMA; below, their weights are streamed (on an H100)."""
+
+comptime BF16 = DType.bfloat16
+
+
+@always_inline
+def prefer_grouped(tokens: Int, ctx: DeviceContext) -> Bool:
+    """Whether there are enough tokens for the grouped product; without WGMMA it is a plain kernel, and never preferred.
+    """
+    comptime if ctx.default_device_info.compute == 9.0:
+        return tokens >= GROUPED_FROM_TOKENS
+    else:
+        return False
+
+
+def gate_up_gpu[
+    x_dtype: DType, dtype: DType, act_dtype: DType
+](
+    act: Elements[act_dtype],
+    x: Elements[x_dtype],
+    gate: Elements[dtype],
+    up: Elements[dtype],
+    rows: Ids,
+    offsets: Ids,
+    tokens: Int,
+    top_k: Int,
+    experts: Int,
+    hidden_size: Int,
+    intermediate_size: Int,
+    limit: Float32,
+    ctx: DeviceContext,
+) raises:
+    """The experts' first half: see `step3p5_moe_gate_up`."""
+    comptime if x_dtype == BF16 and dtype == BF16 and act_dtype == BF16:
+        comptime if ctx.default_device_info.api == "cuda":
+            if gate_up_fits(
+                hidden_size, intermediate_size, experts
+            ) and not prefer_grouped(tokens, ctx):
+                return gate_up_stream(
+                    act,
+                    rebind[BFloats](x),
+                    rebind[BFloats](gate),
+                    rebind[BFloats](up),
+                    rows,
+                    offsets,
+                    tokens,
+                    top_k,
+                    experts,
+                    hidden_size,
+                    intermediate_size,
+                    limit,
+                    ctx,
+                )
+        return gate_up_grouped(
+            rebind[BFloats](act),
+            rebind[BFloats](x),
+            rebind[BFloats](gate),
+            rebind[BFloats](up),
+            rows,
+            offsets,
+            tokens,
+            top_k,
+            experts,
+            hidden_size,
+            intermediate_size,
+            limit,
+            ctx,
+        )
+    else:
+        gate_up_plain(
+            act,
+            x,
+            gate,
+            up,
+            rows,
+            offsets,
+            tokens * top_k,
+            top_k,
+            experts,
+            hidden_size,
+            intermediate_size,
+            limit,
+            ctx,
+        )
+
+
+def down_gpu[
+    act_dtype: DType, dtype: DType, y_dtype: DType
+](
+    y: Elements[y_dtype],
+    act: Elements[act_dtype],
+    down: Elements[dtype],
+    rows: Ids,
+    offsets: Ids,
+    weights: Floats,
+    tokens: Int,
+    top_k: Int,
+    experts: Int,
+    hidden_size: Int,
+    intermediate_size: Int,
+    ctx: DeviceContext,
+) raises:
+    """The experts' second half: see `step3p5_moe_down`."""
+    comptime if act_dtype == BF16 and dtype == BF16:
+        comptime if ctx.default_device_info.api == "cuda":
+            if down_fits(
+                tokens, hidden_size, intermediate_size, experts
+            ) and not prefer_grouped(tokens, ctx):
+                return down_stream(
+                    y,
+                    rebind[BFloats](act),
+                    rebind[BFloats](down),
+                    rows,
+                    offsets,
+                    weights,
+                    tokens,
+                    top_k,
+                    experts,
+                    hidden_size,
+                    intermediate_size,
+                    ctx,
+                )
+        if hidden_size % 8 == 0:
+            return down_grouped(
+                y,
+                rebind[BFloats](act),
+                rebind[BFloats](down),
+                rows,
+                offsets,
+                weights,
+                tokens,
+                top_k,
+                experts,
+                hidden_size,
+                intermediate_size,
+                ctx,
+            )
+    down_plain(
+        y,
+        act,
+        down,
+        rows,
+        offsets,
+        weights,
+        tokens,
+        top_k,
+        experts,
+        hidden_size,
+        intermediate_size,
+        ctx,
+    )
+
+
+def swiglu_gpu[
+    x_dtype: DType, dtype: DType, act_dtype: DType
+](
+    act: Elements[act_dtype],
+    x: Elements[x_dtype],
+    gate: Elements[dtype],
+    up: Elements[dtype],
+    tokens: Int,
+    hidden_size: Int,
+    intermediate_size: Int,
+    limit: Float32,
+    ctx: DeviceContext,
+) raises:
+    """A dense layer's first half: see `step3p5_swiglu`."""
+    comptime if (
+        ctx.default_device_info.compute == 9.0
+        and x_dtype == BF16
+        and dtype == BF16
+        and act_dtype == BF16
+    ):
+        if tokens >= DENSE_FROM_TOKENS and dense_fits(
+            hidden_size, intermediate_size
+        ):
+            return swiglu_dense(
+                rebind[BFloats](act),
+                rebind[BFloats](x),
+                rebind[BFloats](gate),
+                rebind[BFloats](up),
+                tokens,
+                hidden_size,
+                intermediate_size,
+                limit,
+                ctx,
+            )
+    comptime if (
+        ctx.default_device_info.api == "cuda"
+        and x_dtype == BF16
+        and dtype == BF16
+    ):
+        if gate_up_fits(hidden_size, intermediate_size, 1):
+            return swiglu_stream(
+                act,
+                rebind[BFloats](x),
+                rebind[BFloats](gate),
+                rebind[BFloats](up),
+                tokens,
+                hidden_size,
+                intermediate_size,
+                limit,
+                ctx,
+            )
+    swiglu_plain(
+        act, x, gate, up, tokens, hidden_size, intermediate_size, limit, ctx
+    )
+
+
+def linear_gpu[
+    x_dtype: DType, dtype: DType, y_dtype: DType
+](
+    y: Elements[y_dtype],
+    x: Elements[x_dtype],
+    w: Elements[dtype],
+    tokens: Int,
+    in_features: Int,
+    out_features: Int,
+    ctx: DeviceContext,
+) raises:
+    """A dense product: see `step3p5_linear`."""
+    comptime if (
+        ctx.default_device_info.compute == 9.0
+        and x_dtype == BF16
+        and dtype == BF16
+        and y_dtype == BF16
+    ):
+        if tokens >= DENSE_FROM_TOKENS and dense_fits(
+            in_features, out_features
+        ):
+            return linear_dense(
+                rebind[BFloats](y),
+                rebind[BFloats](x),
+                rebind[BFloats](w),
+                tokens,
+                in_features,
+                out_features,
+                ctx,
+            )
+    comptime if (
+        ctx.default_device_info.api == "cuda"
+        and x_dtype == BF16
+        and dtype == BF16
+    ):
+        if linear_fits(in_features, out_features):
+            return linear_stream(
+                y,
+                rebind[BFloats](x),
+                rebind[BFloats](w),
+                tokens,
+                in_features,
+                out_features,
+                ctx,
+            )
+    linear_plain(y, x, w, tokens, in_features, out_features, ctx)

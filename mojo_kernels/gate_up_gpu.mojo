@@ -1,0 +1,282 @@
+"""`silu(gate x) * (up x)` for few tokens on an NVIDIA GPU: every hit expert's matrices are read once."""
+
+from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, block_idx, grid_dim, warp_id
+from max.gpu.host import DeviceAttribute, DeviceContext
+from max.gpu.primitives.grid_controls import (
+    PDLLevel,
+    launch_dependent_grids,
+    pdl_launch_attributes,
+    wait_on_dependent_grids,
+)
+from std.math import ceildiv
+from std.utils import StaticTuple
+
+from .activation import activate
+from .operands import Elements, Ids
+from .stream_gpu import (
+    BFloats,
+    CHUNK,
+    GatheredRows,
+    HitList,
+    LANES,
+    ListedRows,
+    MAX_EXPERTS,
+    Partials,
+    RowPair,
+    Stream,
+    TILE_TOKENS,
+    TokenRows,
+    divide,
+    lane_column,
+    lane_row,
+    multiply_pass,
+)
+from .tasks import share
+
+comptime WARPS = 8
+comptime STAGES = 2
+comptime BLOCKS = 2
+"""Blocks of a multiprocessor: while one adds up its warps' sums, the other reads."""
+
+comptime TILE_WIDTH = 8
+"""A block's 16 rows are so many of `gate` and the same of `up`, so that a lane has both halves of a result."""
+
+
+@fieldwise_init
+struct GateUpWeights(ImplicitlyCopyable):
+    """Both matrices of every expert, cut into tiles of 8 + 8 rows; a unit is a tile of a hit expert.
+    """
+
+    var gate: BFloats
+    var up: BFloats
+    var hidden_size: Int
+    var intermediate_size: Int
+
+    @always_inline
+    def tiles(self) -> Int:
+        """Tiles of an expert."""
+        return self.intermediate_size // TILE_WIDTH
+
+    @always_inline
+    def rows(self, hits: HitList, unit: Int) -> RowPair:
+        """The lane's place in a unit."""
+        var hit, tile = divide(unit, self.tiles())
+        var row = (
+            hits.expert(hit) * self.intermediate_size
+            + tile * TILE_WIDTH
+            + lane_row()
+        )
+        var at = row * self.hidden_size + lane_column()
+        return RowPair(
+            self.gate.unsafe_offset(at),
+            self.up.unsafe_offset(at),
+            self.hidden_size,
+        )
+
+
+@always_inline
+def stream_gate_up[
+    dtype: DType, Rows: TokenRows, //, tiles: Int
+](
+    act: Elements[dtype],
+    x: Rows,
+    weights: GateUpWeights,
+    hits: HitList,
+    limit: Float32,
+):
+    """A block's share of the units, which lie behind one another."""
+    var first, last = share(
+        hits.count() * weights.tiles(), Int(block_idx.x), Int(grid_dim.x)
+    )
+    if first == last:
+        return
+    var rows = weights.rows(hits, first)
+    var stream = Stream[WARPS, STAGES](rows)
+    var partials = Partials[WARPS, tiles]()
+    for unit in range(first, last):
+        var hit, tile = divide(unit, weights.tiles())
+        var following = rows
+        if unit + 1 < last:
+            following = weights.rows(hits, unit + 1)
+        else:
+            following.depth = 0
+        var slot = hits.begin(hit)
+        var end = hits.begin(hit + 1)
+        while slot < end:
+            var tokens = min(end - slot, tiles * TILE_TOKENS)
+            var next = rows
+            if slot + tokens == end:
+                next = following
+            multiply_pass(stream, partials, rows, next, x, slot, tokens)
+            for i in range(Int(warp_id()), ceildiv(tokens, TILE_TOKENS), WARPS):
+                var sums = partials.total(i)
+                comptime for j in range(2):
+                    var token = i * TILE_TOKENS + lane_column() // 4 + j
+                    if token < tokens:
+                        var at = (
+                            (slot + token) * weights.intermediate_size
+                            + tile * TILE_WIDTH
+                            + lane_row()
+                        )
+                        act[unsafe_offset=at] = activate(
+                            sums[j], sums[2 + j], limit
+                        ).cast[dtype]()
+            slot += tokens
+        rows = following
+
+
+@__llvm_metadata(
+    MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
+)
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
+def gate_up_stream_gpu[
+    dtype: DType, tiles: Int
+](
+    act: Elements[dtype],
+    x: BFloats,
+    gate: BFloats,
+    up: BFloats,
+    rows: Ids,
+    offsets: Ids,
+    top_k: Int32,
+    experts: Int32,
+    hidden_size: Int32,
+    intermediate_size: Int32,
+    limit: Float32,
+):
+    """`act[slot] = silu(gate_e x_t) * (up_e x_t)`."""
+    wait_on_dependent_grids()
+    launch_dependent_grids()
+    var hits = HitList()
+    hits.fill(offsets, Int(experts))
+    stream_gate_up[tiles](
+        act,
+        GatheredRows(x, rows, Int(top_k), Int(hidden_size)),
+        GateUpWeights(gate, up, Int(hidden_size), Int(intermediate_size)),
+        hits,
+        limit,
+    )
+
+
+@__llvm_metadata(
+    MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
+)
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
+def swiglu_stream_gpu[
+    dtype: DType, tiles: Int
+](
+    act: Elements[dtype],
+    x: BFloats,
+    gate: BFloats,
+    up: BFloats,
+    tokens: Int32,
+    hidden_size: Int32,
+    intermediate_size: Int32,
+    limit: Float32,
+):
+    """`act[t] = silu(gate x_t) * (up x_t)`."""
+    wait_on_dependent_grids()
+    launch_dependent_grids()
+    var hits = HitList()
+    hits.fill_one(Int(tokens))
+    stream_gate_up[tiles](
+        act,
+        ListedRows(x, Int(hidden_size)),
+        GateUpWeights(gate, up, Int(hidden_size), Int(intermediate_size)),
+        hits,
+        limit,
+    )
+
+
+def gate_up_fits(
+    hidden_size: Int, intermediate_size: Int, experts: Int
+) -> Bool:
+    """Whether the kernels here can take matrices of these sizes."""
+    return (
+        hidden_size % CHUNK == 0
+        and intermediate_size % TILE_WIDTH == 0
+        and experts <= MAX_EXPERTS
+    )
+
+
+def gate_up_stream[
+    dtype: DType
+](
+    act: Elements[dtype],
+    x: BFloats,
+    gate: BFloats,
+    up: BFloats,
+    rows: Ids,
+    offsets: Ids,
+    tokens: Int,
+    top_k: Int,
+    experts: Int,
+    hidden_size: Int,
+    intermediate_size: Int,
+    limit: Float32,
+    ctx: DeviceContext,
+) raises:
+    """Enqueues `gate_up_stream_gpu` on all multiprocessors."""
+
+    def enqueue[tiles: Int]() raises {imm}:
+        comptime kernel = gate_up_stream_gpu[dtype, tiles]
+        ctx.enqueue_function[kernel](
+            act,
+            x,
+            gate,
+            up,
+            rows,
+            offsets,
+            Int32(top_k),
+            Int32(experts),
+            Int32(hidden_size),
+            Int32(intermediate_size),
+            limit,
+            grid_dim=BLOCKS
+            * ctx.get_attribute(DeviceAttribute.MULTIPROCESSOR_COUNT),
+            block_dim=WARPS * LANES,
+            attributes=pdl_launch_attributes(PDLLevel.ON),
+        )
+
+    if tokens <= TILE_TOKENS:
+        enqueue[1]()
+    else:
+        enqueue[4]()
+
+
+def swiglu_stream[
+    dtype: DType
+](
+    act: Elements[dtype],
+    x: BFloats,
+    gate: BFloats,
+    up: BFloats,
+    tokens: Int,
+    hidden_size: Int,
+    intermediate_size: Int,
+    limit: Float32,
+    ctx: DeviceContext,
+) raises:
+    """Enqueues `swiglu_stream_gpu` on all multiprocessors."""
+
+    def enqueue[tiles: Int]() raises {imm}:
+        comptime kernel = swiglu_stream_gpu[dtype, tiles]
+        ctx.enqueue_function[kernel](
+            act,
+            x,
+            gate,
+            up,
+            Int32(tokens),
+            Int32(hidden_size),
+            Int32(intermediate_size),
+            limit,
+            grid_dim=BLOCKS
+            * ctx.get_attribute(DeviceAttribute.MULTIPROCESSOR_COUNT),
+            block_dim=WARPS * LANES,
+            attributes=pdl_launch_attributes(PDLLevel.ON),
+        )
+
+    if tokens <= TILE_TOKENS:
+        enqueue[1]()
+    else:
+        enqueue[4]()

@@ -1,0 +1,76 @@
+"""The weighted sum over a token's experts on a GPU."""
+
+from max.gpu import block_idx, thread_idx
+from max.gpu.host import DeviceContext
+from std.math import ceildiv
+
+from .operands import Elements, Floats
+
+comptime THREADS = 128
+
+comptime WIDTH = 8
+"""Columns a thread: 16 bytes of the parts."""
+
+
+def combine_gpu[
+    y_dtype: DType, unroll: Int
+](
+    y: Pointer[Scalar[y_dtype], MutAnyOrigin],
+    parts: Pointer[BFloat16, MutAnyOrigin],
+    weights: Pointer[Float32, MutAnyOrigin],
+    top_k: Int32,
+    columns: Int32,
+    y_columns: Int32,
+    begin: Int32,
+):
+    """`y[t, begin + c] = sum_k weights[t, k] * parts[t * K + k, c]`, in the order of k: a block is a token's piece of
+    columns.
+    """
+    var c = (Int(block_idx.y) * THREADS + Int(thread_idx.x)) * WIDTH
+    if c >= Int(columns):
+        return
+    var t = Int(block_idx.x)
+    var total = SIMD[DType.float32, WIDTH](0)
+    for k in range(0, Int(top_k), unroll):
+        comptime for u in range(unroll):
+            var a = t * Int(top_k) + k + u
+            var part = parts.unsafe_offset(a * Int(columns) + c).unsafe_load[
+                width=WIDTH, alignment=16
+            ]()
+            total += weights[unsafe_offset=a] * part.cast[DType.float32]()
+    y.unsafe_offset(t * Int(y_columns) + Int(begin) + c).unsafe_store[
+        alignment=16
+    ](total.cast[y_dtype]())
+
+
+def launch_combine[
+    y_dtype: DType
+](
+    y: Elements[y_dtype],
+    parts: Elements[DType.bfloat16],
+    weights: Floats,
+    tokens: Int,
+    top_k: Int,
+    columns: Int,
+    y_columns: Int,
+    begin: Int,
+    ctx: DeviceContext,
+) raises:
+    """Enqueues the sum over `parts [T * K, columns]` into columns `begin` ... of `y [T, y_columns]`; both numbers of
+    columns are multiples of 8.
+    """
+    comptime for unroll in [8, 1]:
+        if top_k % unroll == 0:
+            comptime kernel = combine_gpu[y_dtype, unroll]
+            ctx.enqueue_function[kernel](
+                y,
+                parts,
+                weights,
+                Int32(top_k),
+                Int32(columns),
+                Int32(y_columns),
+                Int32(begin),
+                grid_dim=(tokens, ceildiv(columns, THREADS * WIDTH)),
+                block_dim=THREADS,
+            )
+            return

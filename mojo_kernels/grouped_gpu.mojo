@@ -1,0 +1,231 @@
+"""The experts on a GPU for many tokens, grouped by expert: kernels by the GPU's kind and the number of tokens."""
+
+from max.gpu.host import DeviceContext
+from std.math import ceildiv
+from std.utils.numerics import inf
+
+from .grouped_combine_gpu import launch_combine
+from .grouped_down_gpu import DownProduct, launch_down_wgmma
+from .grouped_gate_up_gpu import GateUpProduct, launch_gate_up_wgmma
+from .grouped_plain_gpu import launch_down_plain, launch_gate_up_plain
+from .grouped_tiles_gpu import TILE_M
+from .operands import Elements, Floats, Ids
+
+comptime BFloats = Elements[DType.bfloat16]
+
+comptime PARTS_BYTES = 256 * 1024 * 1024
+"""Most memory for the products of all assignments that wait for their sum."""
+
+comptime FEW_TOKENS = 768
+"""Up to so many tokens, 64 columns of tokens a tile leave most room for weights on their way."""
+
+comptime MANY_TOKENS = 3072
+"""From so many tokens on, tiles of 256 columns."""
+
+
+def gate_up_grouped(
+    act: BFloats,
+    x: BFloats,
+    gate: BFloats,
+    up: BFloats,
+    rows: Ids,
+    offsets: Ids,
+    tokens: Int,
+    top_k: Int,
+    experts: Int,
+    hidden_size: Int,
+    intermediate_size: Int,
+    limit: Float32,
+    ctx: DeviceContext,
+) raises:
+    """`act[s] = min(silu(gate_e x_t), L) * clamp(up_e x_t, -L, L)` for assignment `rows[s]` of token t to expert e.
+
+    Args:
+        act: Result `[T * K, M]`, in the order of `rows`.
+        x: Tokens `[T, H]`.
+        gate: Gate matrices `[E, M, H]`.
+        up: Up matrices `[E, M, H]`.
+        rows: Assignments `t * K + k` grouped by expert `[T * K]`.
+        offsets: First assignment of every expert in `rows`, and the end `[E + 1]`.
+        tokens: `T`.
+        top_k: `K`.
+        experts: `E`.
+        hidden_size: `H`.
+        intermediate_size: `M`.
+        limit: `L > 0`; 0 or infinite: no limit.
+        ctx: The device.
+    """
+    if tokens * top_k == 0:
+        return
+    var bound = limit if limit > 0 else inf[DType.float32]()
+    comptime if ctx.default_device_info.compute == 9.0:
+        if hidden_size % 8 == 0 and intermediate_size % 8 == 0:
+            var product = GateUpProduct(
+                act, x, rows, top_k, intermediate_size, bound
+            )
+            if tokens <= FEW_TOKENS:
+                launch_gate_up_wgmma[64, 9](
+                    product, gate, up, offsets, experts, hidden_size, ctx
+                )
+            elif tokens < MANY_TOKENS:
+                launch_gate_up_wgmma[128, 6](
+                    product, gate, up, offsets, experts, hidden_size, ctx
+                )
+            else:
+                launch_gate_up_wgmma[256, 4](
+                    product, gate, up, offsets, experts, hidden_size, ctx
+                )
+            return
+    launch_gate_up_plain(
+        act,
+        x,
+        gate,
+        up,
+        rows,
+        offsets,
+        top_k,
+        experts,
+        hidden_size,
+        intermediate_size,
+        bound,
+        ctx,
+    )
+
+
+def down_grouped[
+    y_dtype: DType
+](
+    y: Elements[y_dtype],
+    act: BFloats,
+    down: BFloats,
+    rows: Ids,
+    offsets: Ids,
+    weights: Floats,
+    tokens: Int,
+    top_k: Int,
+    experts: Int,
+    hidden_size: Int,
+    intermediate_size: Int,
+    ctx: DeviceContext,
+) raises:
+    """`y_t = sum_k weights[t, k] * (down_e act)`, in the order of k, of products rounded to bfloat16.
+
+    The columns of `y` are computed in as many pieces as bound the memory for the products to `PARTS_BYTES`; every
+    piece reads its own rows of `down`, so that nothing is read twice.
+
+    Parameters:
+        y_dtype: Type of the result, whose sums are float32.
+
+    Args:
+        y: Result `[T, H]`.
+        act: Activations `[T * K, M]`, in the order of `rows`.
+        down: Down matrices `[E, H, M]`.
+        rows: Assignments `t * K + k` grouped by expert `[T * K]`.
+        offsets: First assignment of every expert in `rows`, and the end `[E + 1]`.
+        weights: Weight of every assignment `[T, K]`.
+        tokens: `T`.
+        top_k: `K`.
+        experts: `E`.
+        hidden_size: `H`, a multiple of 8.
+        intermediate_size: `M`.
+        ctx: The device.
+    """
+    if hidden_size % 8 != 0:
+        raise Error(
+            "down_grouped: hidden_size is ",
+            hidden_size,
+            ", expected a multiple of 8",
+        )
+    var assignments = tokens * top_k
+    if assignments == 0:
+        return
+    var pieces = ceildiv(assignments * hidden_size * 2, PARTS_BYTES)
+    var columns = ceildiv(ceildiv(hidden_size, pieces), TILE_M) * TILE_M
+    columns = min(columns, hidden_size)
+    var buffer = ctx.enqueue_create_buffer[DType.bfloat16](
+        assignments * columns
+    )
+    var parts = buffer.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    for begin in range(0, hidden_size, columns):
+        var end = min(begin + columns, hidden_size)
+        _down_parts(
+            DownProduct(parts, act, rows, begin, end),
+            down,
+            offsets,
+            tokens,
+            experts,
+            hidden_size,
+            intermediate_size,
+            ctx,
+        )
+        launch_combine[y_dtype](
+            y,
+            parts,
+            weights,
+            tokens,
+            top_k,
+            end - begin,
+            hidden_size,
+            begin,
+            ctx,
+        )
+    _ = buffer^
+
+
+def _down_parts(
+    product: DownProduct,
+    down: BFloats,
+    offsets: Ids,
+    tokens: Int,
+    experts: Int,
+    hidden_size: Int,
+    intermediate_size: Int,
+    ctx: DeviceContext,
+) raises:
+    """The products of all assignments in some columns, `product.parts`."""
+    comptime if ctx.default_device_info.compute == 9.0:
+        if intermediate_size % 8 == 0:
+            if tokens <= FEW_TOKENS:
+                launch_down_wgmma[64, 9](
+                    product,
+                    down,
+                    offsets,
+                    experts,
+                    hidden_size,
+                    intermediate_size,
+                    ctx,
+                )
+            elif tokens < MANY_TOKENS:
+                launch_down_wgmma[128, 6](
+                    product,
+                    down,
+                    offsets,
+                    experts,
+                    hidden_size,
+                    intermediate_size,
+                    ctx,
+                )
+            else:
+                launch_down_wgmma[256, 4](
+                    product,
+                    down,
+                    offsets,
+                    experts,
+                    hidden_size,
+                    intermediate_size,
+                    ctx,
+                )
+            return
+    launch_down_plain(
+        product.parts,
+        product.act,
+        down,
+        product.rows,
+        offsets,
+        experts,
+        hidden_size,
+        intermediate_size,
+        product.begin,
+        product.end,
+        ctx,
+    )

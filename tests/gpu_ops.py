@@ -1,0 +1,91 @@
+"""A graph of every op on a GPU, and a program that compiles it for a target without one.
+
+    python tests/gpu_ops.py cuda:sm_90a
+
+Virtual devices are a property of the process, so that every target needs one of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":
+    from max.driver import set_virtual_device_api, set_virtual_device_count, set_virtual_device_target_arch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    _api, _arch = sys.argv[1].split(":")
+    set_virtual_device_api(_api)
+    set_virtual_device_target_arch(_arch)
+    set_virtual_device_count(1)
+
+from max.driver import Accelerator
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
+
+from step3p5 import kernels
+from step3p5.layer_config import RopeConfig
+from step3p5.layers.rope import apply_rope, rope_table
+
+GPU = DeviceRef.GPU()
+TOP_K, HEADS, HEAD_DIM, ROTARY_DIM = 8, 8, 128, 64
+
+
+def experts_inputs(dtype: DType) -> list[TensorType]:
+    """`x`, `gate`, `up`, `down`, router logits, router bias."""
+    experts, hidden, width = (f"{dtype.name}_{size}" for size in ("E", "H", "M"))
+    return [
+        TensorType(dtype, (f"{dtype.name}_T", hidden), GPU),
+        TensorType(dtype, (experts, width, hidden), GPU),
+        TensorType(dtype, (experts, width, hidden), GPU),
+        TensorType(dtype, (experts, hidden, width), GPU),
+        TensorType(DType.float32, (f"{dtype.name}_T", experts), GPU),
+        TensorType(DType.float32, (experts,), GPU),
+    ]
+
+
+def experts(
+    x: TensorValue, gate: TensorValue, up: TensorValue, down: TensorValue, logits: TensorValue, bias: TensorValue
+) -> list[TensorValue]:
+    """The routed experts, and the dense layers with the matrices of the first."""
+    limit = ops.constant(7.0, DType.float32, device=DeviceRef.CPU())
+    ids, weights = kernels.route(logits, bias, top_k=TOP_K, normalize=True, scale=3.0)
+    rows, offsets = kernels.group(ids, num_experts=bias.shape[0])
+    act = kernels.gate_up(x, gate, up, rows, offsets, limit)
+    y = kernels.down(act, down, rows, offsets, weights)
+    gated = kernels.swiglu(x, gate[0], up[0], limit)
+    return [ids, weights, rows, offsets, act, y, gated, kernels.linear(gated, down[0])]
+
+
+def rope_inputs() -> list[TensorType]:
+    """`x`, row offsets, cache lengths."""
+    return [
+        TensorType(DType.bfloat16, ("rope_T", HEADS, HEAD_DIM), GPU),
+        TensorType(DType.uint32, ("rope_R1",), GPU),
+        TensorType(DType.uint32, ("rope_R",), GPU),
+    ]
+
+
+def rope(x: TensorValue, row_offsets: TensorValue, cache_lengths: TensorValue) -> list[TensorValue]:
+    """The table of angles and the rotation."""
+    table = rope_table(RopeConfig(theta=1e4, rotary_dim=ROTARY_DIM, scaling=None), x, row_offsets, cache_lengths)
+    return [table, apply_rope(x, table)]
+
+
+def all_ops() -> Graph:
+    """Every op, the products in bfloat16 and in float32."""
+    parts: list[tuple[Callable[..., list[TensorValue]], list[TensorType]]] = [
+        (experts, experts_inputs(DType.bfloat16)),
+        (experts, experts_inputs(DType.float32)),
+        (rope, rope_inputs()),
+    ]
+    with Graph("all_ops", input_types=[of_input for _, types in parts for of_input in types]) as graph:
+        values = iter([value.tensor for value in graph.inputs])
+        graph.output(*(result for build, types in parts for result in build(*(next(values) for _ in types))))
+    return graph
+
+
+if __name__ == "__main__":
+    InferenceSession(devices=[Accelerator()]).compile(all_ops())
