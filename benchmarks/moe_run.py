@@ -266,7 +266,7 @@ def measure_route(machine: Machine, model: Model, launches: int, tokens: int) ->
     ids, weights = machine.execute(model, operands)[:2]
     scores = logits[0].double().sigmoid().float()
     # A stable sort keeps the lower of two equal experts first.
-    expected = (scores + bias).sort(1, descending=True, stable=True).indices[:, :TOP_K]
+    expected = (scores + bias).sort(dim=1, descending=True, stable=True).indices[:, :TOP_K]
     chosen = scores.gather(1, expected)
     chosen = chosen / (chosen.sum(1, keepdim=True) + 1e-20) * SCALE
     correct = torch.equal(ids.long(), expected) and torch.allclose(weights, chosen, rtol=1e-5, atol=0)

@@ -11,7 +11,7 @@ from .operands import Elements, Floats, Ids
 from .plain_gpu import down_plain, gate_up_plain, linear_plain, swiglu_plain
 from .stream_gpu import BFloats
 
-comptime GROUPED_FROM_TOKENS = 256
+comptime GROUPED_FROM_TOKENS = 12
 """From so many tokens on, the experts run as a grouped matrix product; below, their weights are streamed (on an H100).
 """
 
