@@ -18,4 +18,4 @@ def test_every_op_compiles(target: str) -> None:
     run = subprocess.run(
         [sys.executable, PROGRAM, target], capture_output=True, text=True, env=dict(os.environ), timeout=300
     )
-    assert run.returncode == 0, run.stderr[-4000:]
+    assert (run.returncode, run.stdout) == (0, "compiled"), run.stderr[-4000:]
