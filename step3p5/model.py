@@ -128,7 +128,7 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
             The model, ready to execute.
 
         Raises:
-            ConfigError: If the checkpoint's tensors are not those of its configuration.
+            CheckpointError: If the checkpoint's tensors are not those of its configuration.
         """
         return self.load_graphs(session)[GraphRole.DECODER]
 
