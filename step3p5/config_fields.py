@@ -323,4 +323,5 @@ def refuse_other_fields(table: type[Any], config: Mapping[str, Any], prefix: str
     known = [row.name for row in fields(table)]
     for name, value in config.items():
         if name not in known and value is not None:
-            fail(f"{prefix}{name}", shown(value), f"only {', '.join(known)} beside it", "Remove the entry.")
+            path = f"{prefix}{name}" if name.isidentifier() else f"{prefix[:-1]}[{name!r}]"
+            fail(path, shown(value), f"only {', '.join(known)} beside it", "Remove the entry.")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from flash_config import LLAMA3, flash_config, transformers_config
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from step3p5.config_parser import ConfigError, parse_model_config
@@ -401,6 +401,8 @@ JUNK = st.recursive(
 )
 
 
+@example(name="attention_other_setting", value={":": False}, hub=True)
+@example(name="attention_other_setting", value={"\n": 1}, hub=False)
 @given(st.sampled_from(sorted({*flash_config(), *transformers_config()})), JUNK, st.booleans())
 def test_any_value_in_any_field_parses_or_is_a_config_error(name: str, value: Any, hub: bool) -> None:
     config = flash_config(**{name: value}) if hub else transformers_config(**{name: value})
@@ -408,4 +410,4 @@ def test_any_value_in_any_field_parses_or_is_a_config_error(name: str, value: An
         parsed: object = parse_model_config(config)
     except ConfigError as error:
         parsed = str(error)
-    assert isinstance(parsed, ModelConfig) or re.fullmatch(r"[\w.\[\]]+: found .+, expected .+", str(parsed))
+    assert isinstance(parsed, ModelConfig) or re.fullmatch(r"[\w.]+(\[.+\])*: found .+, expected .+", str(parsed))
