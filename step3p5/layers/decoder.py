@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from max.dtype import DType
-from max.graph import DeviceRef, TensorValue
+from max.graph import DeviceRef, TensorValue, ops
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
 from max.nn.layer import Module
 
@@ -61,5 +61,6 @@ class DecoderLayer(Module):
         h = h + self.self_attn(self.input_layernorm(h), cache_layer, kv_collection, rope_table, input_row_offsets)
         x = self.post_attention_layernorm(h)
         if isinstance(self.config.mlp, MoEConfig):
-            return h + self.moe(x, routed_limit) + self.share_expert(x, shared_limit)
+            # In the experts' float32 up to the sum: in bfloat16 each term would be rounded by itself.
+            return ops.cast(h + self.moe(x, routed_limit) + self.share_expert(x, shared_limit), h.dtype)
         return h + self.mlp(x, shared_limit)
