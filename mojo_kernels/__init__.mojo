@@ -5,6 +5,8 @@ from .down import Step3p5MoeDown
 from .gate_up import Step3p5MoeGateUp
 from .group import Step3p5MoeGroup
 from .linear import Step3p5Linear
-from .rope import Rope, RopeTable
+from .linear4 import Step3p5Linear4
+from .qkv import Step3p5Qkv
+from .rope import RopeTable
 from .route import Step3p5MoeRoute
 from .swiglu import Step3p5Swiglu

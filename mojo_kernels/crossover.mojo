@@ -2,11 +2,13 @@
 
 from max.gpu.host import DeviceContext
 
+from std.utils.static_tuple import StaticTuple
+
 from .dense_gpu import dense_fits, linear_dense, swiglu_dense
 from .down_gpu import down_fits, down_stream
 from .gate_up_gpu import gate_up_fits, gate_up_stream, swiglu_stream
 from .grouped_gpu import down_grouped, gate_up_grouped
-from .linear_gpu import linear_fits, linear_stream
+from .linear_gpu import MATRICES, linear_fits, linear_stream
 from .operands import Elements, Floats, Ids
 from .plain_gpu import down_plain, gate_up_plain, linear_plain, swiglu_plain
 from .stream_gpu import BFloats
@@ -261,13 +263,50 @@ def linear_gpu[
         and dtype == BF16
     ):
         if linear_fits(in_features, out_features):
+            var matrix = rebind[BFloats](w)
             return linear_stream(
-                y,
+                StaticTuple[Elements[y_dtype], MATRICES](fill=y),
                 rebind[BFloats](x),
-                rebind[BFloats](w),
+                StaticTuple[BFloats, MATRICES](fill=matrix),
+                tokens,
+                in_features,
+                StaticTuple[Int, MATRICES](out_features, 0, 0, 0),
+                ctx,
+            )
+    linear_plain(y, x, w, tokens, in_features, out_features, ctx)
+
+
+def linear4_gpu[
+    x_dtype: DType, dtype: DType
+](
+    y: StaticTuple[Elements[x_dtype], MATRICES],
+    x: Elements[x_dtype],
+    w: StaticTuple[Elements[dtype], MATRICES],
+    tokens: Int,
+    in_features: Int,
+    out_features: StaticTuple[Int, MATRICES],
+    ctx: DeviceContext,
+) raises:
+    """Dense products of the same tokens: one launch where they are streamed, else one for each matrix.
+    """
+    comptime if (
+        ctx.default_device_info.api == "cuda"
+        and x_dtype == BF16
+        and dtype == BF16
+    ):
+        var fit = True
+        for i in range(MATRICES):
+            fit = fit and linear_fits(in_features, out_features[i])
+        if fit and tokens < DENSE_FROM_TOKENS:
+            return linear_stream(
+                rebind[StaticTuple[BFloats, MATRICES]](y),
+                rebind[BFloats](x),
+                rebind[StaticTuple[BFloats, MATRICES]](w),
                 tokens,
                 in_features,
                 out_features,
                 ctx,
             )
-    linear_plain(y, x, w, tokens, in_features, out_features, ctx)
+    for i in range(MATRICES):
+        if out_features[i] > 0:
+            linear_gpu(y[i], x, w[i], tokens, in_features, out_features[i], ctx)

@@ -15,7 +15,7 @@ from .tasks import share, task_count
 
 
 @fieldwise_init
-struct Linear[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
+struct Linear[weight_dtype: DType](GroupedProduct, TrivialRegisterPassable):
     """One expert that has every token; a tile is six rows of `w`, one a strip.
     """
 

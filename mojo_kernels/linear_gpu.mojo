@@ -33,21 +33,68 @@ comptime STAGES = 2
 comptime BLOCKS = 2
 
 
-@fieldwise_init
-struct LinearWeights(ImplicitlyCopyable):
-    """A matrix cut into units of 16 rows."""
+comptime MATRICES = 4
+"""Most matrices that one launch multiplies the same tokens with."""
 
-    var w: BFloats
+
+@fieldwise_init
+struct LinearWeights[dtype: DType](ImplicitlyCopyable):
+    """Matrices cut into units of 16 rows, one behind the other."""
+
+    var y: StaticTuple[Elements[Self.dtype], MATRICES]
+    var w: StaticTuple[BFloats, MATRICES]
+    var out_features: StaticTuple[Int, MATRICES]
+    """Multiples of 16; 0 where there is no matrix."""
     var in_features: Int
+
+    @always_inline
+    def units(self) -> Int:
+        """Units of all matrices."""
+        var total = 0
+        comptime for i in range(MATRICES):
+            total += self.out_features[i] // TILE_ROWS
+        return total
 
     @always_inline
     def rows(self, unit: Int) -> RowPair:
         """The lane's place in a unit."""
-        var row = unit * TILE_ROWS + lane_row()
-        var at = self.w.unsafe_offset(row * self.in_features + lane_column())
+        var w = self.w[0]
+        var row = unit * TILE_ROWS
+        comptime for i in range(1, MATRICES):
+            var before = self.first_row(i)
+            if unit * TILE_ROWS >= before:
+                w = self.w[i]
+                row = unit * TILE_ROWS - before
+        var at = w.unsafe_offset(
+            (row + lane_row()) * self.in_features + lane_column()
+        )
         return RowPair(
             at, at.unsafe_offset(8 * self.in_features), self.in_features
         )
+
+    @always_inline
+    def first_row(self, matrix: Int) -> Int:
+        """Rows of the matrices before one."""
+        var total = 0
+        comptime for i in range(MATRICES - 1):
+            if i < matrix:
+                total += self.out_features[i]
+        return total
+
+    @always_inline
+    def target(self, unit: Int, token: Int) -> Elements[Self.dtype]:
+        """Where the lane's sum of a unit's lower row goes; that of the higher one goes 8 elements behind.
+        """
+        var y = self.y[0]
+        var row = unit * TILE_ROWS
+        var columns = self.out_features[0]
+        comptime for i in range(1, MATRICES):
+            var before = self.first_row(i)
+            if unit * TILE_ROWS >= before:
+                y = self.y[i]
+                row = unit * TILE_ROWS - before
+                columns = self.out_features[i]
+        return y.unsafe_offset(token * columns + row + lane_row())
 
 
 @__llvm_metadata(
@@ -57,19 +104,36 @@ struct LinearWeights(ImplicitlyCopyable):
 def linear_stream_gpu[
     dtype: DType, tiles: Int
 ](
-    y: Elements[dtype],
+    y0: Elements[dtype],
+    y1: Elements[dtype],
+    y2: Elements[dtype],
+    y3: Elements[dtype],
     x: BFloats,
-    w: BFloats,
+    w0: BFloats,
+    w1: BFloats,
+    w2: BFloats,
+    w3: BFloats,
     tokens: Int32,
     in_features: Int32,
-    out_features: Int32,
+    out_features0: Int32,
+    out_features1: Int32,
+    out_features2: Int32,
+    out_features3: Int32,
 ):
-    """`y = x w^T`; a block takes a share of the units, which lie behind one another.
+    """`y_i = x w_i^T`; a block takes a share of the units, which lie behind one another.
     """
-    var first, last = share(
-        Int(out_features) // TILE_ROWS, Int(block_idx.x), Int(grid_dim.x)
+    var weights = LinearWeights[dtype](
+        StaticTuple[Elements[dtype], MATRICES](y0, y1, y2, y3),
+        StaticTuple[BFloats, MATRICES](w0, w1, w2, w3),
+        StaticTuple[Int, MATRICES](
+            Int(out_features0),
+            Int(out_features1),
+            Int(out_features2),
+            Int(out_features3),
+        ),
+        Int(in_features),
     )
-    var weights = LinearWeights(w, Int(in_features))
+    var first, last = share(weights.units(), Int(block_idx.x), Int(grid_dim.x))
     var rows = weights.rows(first)
     if first == last:
         rows.depth = 0
@@ -102,11 +166,7 @@ def linear_stream_gpu[
                 comptime for j in range(2):
                     var t = i * TILE_TOKENS + lane_column() // 4 + j
                     if t < size:
-                        var to = y.unsafe_offset(
-                            (token + t) * Int(out_features)
-                            + unit * TILE_ROWS
-                            + lane_row()
-                        )
+                        var to = weights.target(unit, token + t)
                         to[unsafe_offset=0] = sums[j].cast[dtype]()
                         to[unsafe_offset=8] = sums[2 + j].cast[dtype]()
             token += size
@@ -121,15 +181,18 @@ def linear_fits(in_features: Int, out_features: Int) -> Bool:
 def linear_stream[
     dtype: DType
 ](
-    y: Elements[dtype],
+    y: StaticTuple[Elements[dtype], MATRICES],
     x: BFloats,
-    w: BFloats,
+    w: StaticTuple[BFloats, MATRICES],
     tokens: Int,
     in_features: Int,
-    out_features: Int,
+    out_features: StaticTuple[Int, MATRICES],
     ctx: DeviceContext,
 ) raises:
     """Enqueues `linear_stream_gpu` on all multiprocessors."""
+    var units = 0
+    for i in range(MATRICES):
+        units += out_features[i] // TILE_ROWS
 
     def enqueue[tiles: Int]() raises {imm}:
         comptime kernel = linear_stream_gpu[dtype, tiles]
@@ -137,13 +200,22 @@ def linear_stream[
             DeviceAttribute.MULTIPROCESSOR_COUNT
         )
         ctx.enqueue_function[kernel](
-            y,
+            y[0],
+            y[1],
+            y[2],
+            y[3],
             x,
-            w,
+            w[0],
+            w[1],
+            w[2],
+            w[3],
             Int32(tokens),
             Int32(in_features),
-            Int32(out_features),
-            grid_dim=min(blocks, out_features // TILE_ROWS),
+            Int32(out_features[0]),
+            Int32(out_features[1]),
+            Int32(out_features[2]),
+            Int32(out_features[3]),
+            grid_dim=min(blocks, units),
             block_dim=WARPS * LANES,
             attributes=pdl_launch_attributes(PDLLevel.ON),
         )

@@ -1,4 +1,4 @@
-"""Rotary embedding on the leading `rotary_dim` columns of every head, rotate-half pairing: dim `i` with `i + rotary_dim / 2`.
+"""The angles of the rotary embedding.
 
 Angles are counted in turns, as 64-bit fixed-point fractions: `position * frequency` modulo one turn is then one wrapping
 integer multiplication, exact for any position, with no table over the context length and no large-argument sine.
@@ -6,12 +6,11 @@ integer multiplication, exact for any position, with no table over the context l
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
-from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import cos, sin
 
 from .operands import elements
-from .rope_gpu import rope_gpu, rope_table_gpu
+from .rope_gpu import rope_table_gpu
 
 comptime TWO_PI = Float64(6.283185307179586476925286766559)
 comptime TURN = Float64(18446744073709551616.0)
@@ -61,71 +60,6 @@ struct RopeTable:
                 elements(turns.unsafe_ptr()),
                 cache_lengths.dim_size(0),
                 table.dim_size(0),
-                half,
-                ctx,
-            )
-
-
-@extensibility.register("step3p5_rope")
-struct Rope:
-    """`y[t, h] = rotate(x[t, h])` by row `t` of the table; columns from `rotary_dim` on are copied.
-    """
-
-    @staticmethod
-    def execute[
-        dtype: DType, //, target: StaticString
-    ](
-        y: OutputTensor[dtype=dtype, rank=3, ...],
-        x: InputTensor[dtype=dtype, rank=3, ...],
-        table: InputTensor[dtype=DType.float32, rank=2, ...],
-        ctx: DeviceContext,
-    ) raises:
-        var heads = x.dim_size(1)
-        var head_dim = x.dim_size(2)
-        var half = table.dim_size(1) // 2
-        if 2 * half > head_dim:
-            raise Error(
-                "step3p5_rope: ",
-                2 * half,
-                " rotated columns in heads of ",
-                head_dim,
-            )
-
-        comptime if target == "cpu":
-
-            def rotate_token(t: Int) {imm}:
-                var cosines = table.unsafe_ptr().unsafe_offset(t * 2 * half)
-                var sines = cosines.unsafe_offset(half)
-                for h in range(heads):
-                    var source = x.unsafe_ptr().unsafe_offset(
-                        (t * heads + h) * head_dim
-                    )
-                    var result = y.unsafe_ptr().unsafe_offset(
-                        (t * heads + h) * head_dim
-                    )
-                    for i in range(half):
-                        var a = source[unsafe_offset=i].cast[DType.float32]()
-                        var b = source[unsafe_offset=half + i].cast[
-                            DType.float32
-                        ]()
-                        var c = cosines[unsafe_offset=i]
-                        var s = sines[unsafe_offset=i]
-                        result[unsafe_offset=i] = (a * c - b * s).cast[dtype]()
-                        result[unsafe_offset=half + i] = (b * c + a * s).cast[
-                            dtype
-                        ]()
-                    for i in range(2 * half, head_dim):
-                        result[unsafe_offset=i] = source[unsafe_offset=i]
-
-            sync_parallelize(rotate_token, x.dim_size(0))
-        else:
-            rope_gpu(
-                elements(y.unsafe_ptr()),
-                elements(x.unsafe_ptr()),
-                elements(table.unsafe_ptr()),
-                x.dim_size(0),
-                heads,
-                head_dim,
                 half,
                 ctx,
             )

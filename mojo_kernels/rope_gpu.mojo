@@ -1,4 +1,4 @@
-"""Rotary embedding on a GPU: a thread an angle, and a thread a pair or a copied element."""
+"""The angles of the rotary embedding on a GPU: a thread an angle."""
 
 from max.gpu import global_idx
 from max.gpu.host import DeviceContext
@@ -93,66 +93,5 @@ def rope_table_gpu(
         Int32(tokens),
         Int32(half),
         grid_dim=ceildiv(tokens * half, THREADS),
-        block_dim=THREADS,
-    )
-
-
-def rope_kernel[
-    dtype: DType
-](
-    y: Elements[dtype],
-    x: Elements[dtype],
-    table: Floats,
-    rows: Int32,
-    heads: Int32,
-    head_dim: Int32,
-    half: Int32,
-):
-    """One pair of a head, or one of the elements behind the pairs; rows are tokens times heads.
-    """
-    var row, i = divmod(Int32(global_idx.x), head_dim - half)
-    if row >= rows:
-        return
-    var at = Int(row) * Int(head_dim)
-    if i >= half:
-        at += Int(i + half)
-        y[unsafe_offset=at] = x[unsafe_offset=at]
-        return
-    at += Int(i)
-    var angles = table.unsafe_offset(Int(row // heads) * 2 * Int(half) + Int(i))
-    var c = angles[unsafe_offset=0]
-    var s = angles[unsafe_offset=Int(half)]
-    var a = x[unsafe_offset=at].cast[DType.float32]()
-    var b = x[unsafe_offset=at + Int(half)].cast[DType.float32]()
-    y[unsafe_offset=at] = (a * c - b * s).cast[dtype]()
-    y[unsafe_offset=at + Int(half)] = (b * c + a * s).cast[dtype]()
-
-
-def rope_gpu[
-    dtype: DType
-](
-    y: Elements[dtype],
-    x: Elements[dtype],
-    table: Floats,
-    tokens: Int,
-    heads: Int,
-    head_dim: Int,
-    half: Int,
-    ctx: DeviceContext,
-) raises:
-    """Enqueues `rope_kernel`."""
-    var threads = tokens * heads * (head_dim - half)
-    if threads == 0:
-        return
-    comptime kernel = rope_kernel[dtype]
-    ctx.enqueue_function[kernel](
-        y,
-        x,
-        table,
-        Int32(tokens * heads),
-        Int32(heads),
-        Int32(head_dim),
-        Int32(half),
-        grid_dim=ceildiv(threads, THREADS),
         block_dim=THREADS,
     )

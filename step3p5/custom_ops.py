@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, KernelLibrary, TensorType, TensorValue, ops
+from max.graph import BufferValue, DeviceRef, Graph, KernelLibrary, TensorType, TensorValue, ops
 
 _PACKAGE = Path(__file__).resolve().parent
 _PLACES = (_PACKAGE / "mojo_kernels", _PACKAGE.parent / "mojo_kernels")
@@ -40,7 +40,7 @@ def compiled_kernels() -> tuple[Path, ...]:
 def custom_op(
     name: str,
     device: DeviceRef,
-    values: Sequence[TensorValue],
+    values: Sequence[TensorValue | BufferValue],
     out_types: Sequence[TensorType],
     parameters: Mapping[str, bool | int | str | DType] | None = None,
 ) -> list[TensorValue]:
@@ -51,5 +51,7 @@ def custom_op(
     graph = Graph.current
     if not set(compiled_kernels()) <= set(graph.kernel_libraries_paths):
         graph._import_kernels(compiled_kernels())
-    results = ops.custom(name, device, list(values), list(out_types), parameters=dict(parameters or {}) or None)
+    # A buffer operand is written: its reads and writes keep their order in the graph.
+    call = ops.inplace_custom if any(isinstance(value, BufferValue) for value in values) else ops.custom
+    results = call(name, device, list(values), list(out_types), parameters=dict(parameters or {}) or None)
     return [result.tensor for result in results]

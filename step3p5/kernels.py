@@ -6,10 +6,22 @@ An assignment `a = t * K + k` is the `k`-th choice of token `t`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from max.dtype import DType
 from max.graph import DeviceRef, Dim, DimLike, TensorType, TensorValue, ops
+from max.nn.kv_cache import PagedCacheValues
 
 from .custom_ops import custom_op
+
+
+class HeadNorm(NamedTuple):
+    """`x * rsqrt(mean(x²) + eps) * (offset + weight)` over each head, weights `[head_dim]`."""
+
+    q_weight: TensorValue
+    k_weight: TensorValue
+    eps: float
+    offset: float
 
 
 def route(
@@ -135,6 +147,19 @@ def linear(x: TensorValue, w: TensorValue, *, dtype: DType | None = None) -> Ten
     )[0]
 
 
+def linear4(
+    x: TensorValue, w0: TensorValue, w1: TensorValue, w2: TensorValue, w3: TensorValue
+) -> tuple[TensorValue, TensorValue, TensorValue, TensorValue]:
+    """`linear` with four matrices `[N_i, K]` and the type of `x`, in one launch where launches count."""
+    y0, y1, y2, y3 = custom_op(
+        "step3p5_linear4",
+        x.device,
+        [x, w0, w1, w2, w3],
+        [TensorType(x.dtype, (x.shape[0], w.shape[0]), x.device) for w in (w0, w1, w2, w3)],
+    )
+    return y0, y1, y2, y3
+
+
 def swiglu(x: TensorValue, gate: TensorValue, up: TensorValue, limit: TensorValue) -> TensorValue:
     """`gate_up` for one expert that has every token: `x [T, H]`, `gate` and `up [M, H]`, `limit` as there: `[T, M]`."""
     return custom_op(
@@ -142,6 +167,59 @@ def swiglu(x: TensorValue, gate: TensorValue, up: TensorValue, limit: TensorValu
         x.device,
         [x, gate, up, limit],
         [TensorType(x.dtype, (x.shape[0], gate.shape[0]), x.device)],
+    )[0]
+
+
+def qkv(
+    q: TensorValue,
+    k: TensorValue,
+    v: TensorValue,
+    norm: HeadNorm | None,
+    rope_table: TensorValue | None,
+    input_row_offsets: TensorValue,
+    cache: PagedCacheValues,
+    cache_layer: TensorValue,
+) -> TensorValue:
+    """Norms and rotates queries and keys, and writes keys and values into the paged cache.
+
+    Args:
+        q: Projected queries `[T, query heads * head_dim]`.
+        k: Projected keys `[T, key heads * head_dim]`.
+        v: Projected values, as `k`.
+        norm: The RMSNorms of the heads, `None` for none.
+        rope_table: `[T, rotary_dim]` float32, see `layers.rope`; `None` rotates nothing.
+        input_row_offsets: `[batch + 1]` uint32.
+        cache: `[pages, 2, layers, page_size, key heads, head_dim]` and its tables; of the type of `q`.
+        cache_layer: The layer within the cache, a uint32 scalar on the host.
+
+    Returns:
+        Queries `[T, query heads, head_dim]`.
+    """
+    device, head_dim = q.device, cache.kv_blocks.shape[5]
+    unused = ops.constant([0.0], DType.float32, device=device)
+    table = ops.unsqueeze(unused, 0) if rope_table is None else rope_table
+    q_weight, k_weight, eps, offset = (unused, unused, 0.0, 0.0) if norm is None else norm
+    return custom_op(
+        "step3p5_qkv",
+        device,
+        [
+            q,
+            k,
+            v,
+            q_weight,
+            k_weight,
+            _scalar(eps),
+            _scalar(offset),
+            table,
+            input_row_offsets,
+            cache.kv_blocks,
+            cache.page_stride,
+            cache.cache_lengths,
+            cache.lookup_table,
+            cache_layer,
+        ],
+        [TensorType(q.dtype, (q.shape[0], q.shape[1] // head_dim, head_dim), device)],
+        parameters={"normalize": norm is not None, "rotate": rope_table is not None},
     )[0]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 from max.nn.attention import MHAMaskVariant
-from max.nn.kernels import flash_attention_ragged, store_k_cache_ragged, store_v_cache_ragged
+from max.nn.kernels import flash_attention_ragged
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
 from max.nn.layer import Module
 
+from .. import kernels
 from ..layer_config import AttentionConfig, ModelConfig
 from .linear import Linear
 from .norm import RMSNorm
-from .rope import apply_rope
 
 
 class Attention(Module):
@@ -69,15 +69,14 @@ class Attention(Module):
             `[total_seq_len, hidden_size]`.
         """
         config = self.config
-        q = self._heads(self.q_proj(x), config.num_attention_heads)
-        k = self._heads(self.k_proj(x), config.num_key_value_heads)
-        v = self._heads(self.v_proj(x), config.num_key_value_heads)
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope_table is not None:
-            q, k = apply_rope(q, rope_table), apply_rope(k, rope_table)
-        store_k_cache_ragged(kv_collection, k, input_row_offsets, cache_layer)
-        store_v_cache_ragged(kv_collection, v, input_row_offsets, cache_layer)
+        gate = None
+        if config.head_wise_gate:
+            q, k, v, gate = kernels.linear4(
+                x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.g_proj.weight
+            )
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = kernels.qkv(q, k, v, self._norm(x.device), rope_table, input_row_offsets, kv_collection, cache_layer)
         out = flash_attention_ragged(
             self.kv_params,
             q,
@@ -88,9 +87,12 @@ class Attention(Module):
             scale=config.head_dim**-0.5,
             local_window_size=config.sliding_window or -1,
         )
-        if config.head_wise_gate:
-            out = out * ops.unsqueeze(ops.sigmoid(self.g_proj(x)), -1)
+        if gate is not None:
+            out = out * ops.unsqueeze(ops.sigmoid(gate), -1)
         return self.o_proj(ops.reshape(out, (x.shape[0], config.num_attention_heads * config.head_dim)))
 
-    def _heads(self, projected: TensorValue, heads: int) -> TensorValue:
-        return ops.reshape(projected, (projected.shape[0], heads, self.config.head_dim))
+    def _norm(self, device: DeviceRef) -> kernels.HeadNorm | None:
+        if not self.config.qk_norm:
+            return None
+        q, k = self.q_norm, self.k_norm
+        return kernels.HeadNorm(q.weight.to(device), k.weight.to(device), q.eps, q.weight_offset)

@@ -1,4 +1,4 @@
-"""Partial rotary embedding: frequencies in Python, once; the per-forward table and the rotation as custom ops.
+"""Partial rotary embedding: frequencies in Python, once; the per-forward table as a custom op.
 
 A frequency is handed to the kernel as the fraction of a turn that one position advances, in units of 2^-64 turns, so
 that `position * frequency` modulo a turn is exact for any context length and no table over positions is kept.
@@ -61,8 +61,3 @@ def rope_table(
     turns = ops.constant(turns_per_position(rope), DType.uint64, device=device)
     table_type = TensorType(DType.float32, (tokens.shape[0], rope.rotary_dim), device)
     return custom_op("step3p5_rope_table", device, [input_row_offsets, cache_lengths, turns], [table_type])[0]
-
-
-def apply_rope(x: TensorValue, table: TensorValue) -> TensorValue:
-    """Rotates the leading `rotary_dim` columns of every head of `x [total_seq_len, heads, head_dim]`."""
-    return custom_op("step3p5_rope", x.device, [x, table], [x.type])[0]

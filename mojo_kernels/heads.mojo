@@ -1,0 +1,145 @@
+"""Where projected heads come from and go to: queries to the op's result, keys and values to the paged cache."""
+
+from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
+
+from .operands import Elements
+
+
+@fieldwise_init
+struct PagedCache[dtype: DType](TrivialRegisterPassable):
+    """One layer of a paged cache `[pages, 2, layers, page_size, heads, head_dim]`.
+
+    `blocks` is the layer's place in page 0, `page_stride` and `value_offset` lead to another page and from keys to
+    values, `row_size` is `heads * head_dim`.
+    """
+
+    var blocks: Elements[Self.dtype]
+    var page_stride: Int
+    var value_offset: Int
+    var page_size: Int
+    var row_size: Int
+    var lookup_table: Elements[DType.uint32]
+    var max_pages: Int
+
+    @always_inline
+    def keys(self, request: Int, position: Int) -> Elements[Self.dtype]:
+        """The keys of all heads at a request's position."""
+        var page = self.lookup_table[
+            unsafe_offset=request * self.max_pages + position // self.page_size
+        ]
+        return self.blocks.unsafe_offset(
+            Int(page) * self.page_stride
+            + position % self.page_size * self.row_size
+        )
+
+
+@fieldwise_init
+struct Heads[dtype: DType](DevicePassable, TrivialRegisterPassable):
+    """The heads of every token: `query_heads` of queries, then `key_heads` of keys, then as many of values.
+    """
+
+    var result: Elements[Self.dtype]
+    var q: Elements[Self.dtype]
+    var k: Elements[Self.dtype]
+    var v: Elements[Self.dtype]
+    var query_heads: Int
+    var key_heads: Int
+    var head_dim: Int
+    var cache: PagedCache[Self.dtype]
+    var row_offsets: Elements[DType.uint32]
+    var cache_lengths: Elements[DType.uint32]
+    var requests: Int
+
+    comptime device_type: AnyType = Self
+
+    def _to_device_type(
+        self, mut encoder: Some[DeviceTypeEncoder], target: MutOpaquePointer[_]
+    ):
+        encoder.encode(self, target)
+
+    @staticmethod
+    def get_type_name() -> String:
+        return "Heads"
+
+    @always_inline
+    def count(self) -> Int:
+        """Heads of a token."""
+        return self.query_heads + 2 * self.key_heads
+
+    @always_inline
+    def request(self, token: Int) -> Int:
+        """The last request whose first row is not behind the token."""
+        var low = 0
+        var high = self.requests
+        while high - low > 1:
+            var middle = (low + high) // 2
+            if Int(self.row_offsets[unsafe_offset=middle]) <= token:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    @always_inline
+    def source(self, token: Int, head: Int) -> Elements[Self.dtype]:
+        """A head as it was projected."""
+        if head < self.query_heads:
+            return self.q.unsafe_offset(
+                (token * self.query_heads + head) * self.head_dim
+            )
+        var key_head = head - self.query_heads
+        if key_head < self.key_heads:
+            return self.k.unsafe_offset(
+                (token * self.key_heads + key_head) * self.head_dim
+            )
+        key_head -= self.key_heads
+        return self.v.unsafe_offset(
+            (token * self.key_heads + key_head) * self.head_dim
+        )
+
+    @always_inline
+    def target(
+        self, token: Int, head: Int, request: Int
+    ) -> Elements[Self.dtype]:
+        """Where a head of a token of `request` goes."""
+        if head < self.query_heads:
+            return self.result.unsafe_offset(
+                (token * self.query_heads + head) * self.head_dim
+            )
+        var position = (
+            Int(self.cache_lengths[unsafe_offset=request])
+            + token
+            - Int(self.row_offsets[unsafe_offset=request])
+        )
+        var keys = self.cache.keys(request, position)
+        var key_head = head - self.query_heads
+        if key_head < self.key_heads:
+            return keys.unsafe_offset(key_head * self.head_dim)
+        return keys.unsafe_offset(
+            self.cache.value_offset
+            + (key_head - self.key_heads) * self.head_dim
+        )
+
+
+@fieldwise_init
+struct HeadForm[weight_dtype: DType](DevicePassable, TrivialRegisterPassable):
+    """Queries and keys are normed, `x * rsqrt(mean(x²) + eps) * (offset + w)`, then rotated by the token's angles.
+    """
+
+    var q_weight: Elements[Self.weight_dtype]
+    var k_weight: Elements[Self.weight_dtype]
+    var eps: Float32
+    var offset: Float32
+    var angles: Elements[DType.float32]
+    """The rope table `[T, 2 * half]`: cosines, then sines; column `i` of a head pairs with `i + half`."""
+    var half: Int
+
+    comptime device_type: AnyType = Self
+
+    def _to_device_type(
+        self, mut encoder: Some[DeviceTypeEncoder], target: MutOpaquePointer[_]
+    ):
+        encoder.encode(self, target)
+
+    @staticmethod
+    def get_type_name() -> String:
+        return "HeadForm"

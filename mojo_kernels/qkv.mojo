@@ -1,0 +1,213 @@
+"""From projections to attention's inputs: one op for the norms, rotations and stores of queries, keys and values."""
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+from extensibility import _MutableInputTensor as MutableInputTensor
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+from std.math import sqrt
+from std.sys import size_of
+
+from .heads import HeadForm, Heads, PagedCache
+from .operands import Elements, elements, expect_size
+from .qkv_gpu import qkv_gpu
+from .tasks import share, task_count
+
+
+def head_cpu[
+    dtype: DType, weight_dtype: DType, //, normalize: Bool
+](
+    y: Elements[dtype],
+    x: Elements[dtype],
+    weight: Elements[weight_dtype],
+    angles: Elements[DType.float32],
+    head_dim: Int,
+    form: HeadForm[weight_dtype],
+):
+    """Norms and rotates one head."""
+    var scale = Float32(1)
+    comptime if normalize:
+        var squares = Float32(0)
+        for i in range(head_dim):
+            var value = x[unsafe_offset=i].cast[DType.float32]()
+            squares += value * value
+        scale = 1 / sqrt(squares / Float32(head_dim) + form.eps)
+
+    @always_inline
+    def normed(i: Int) {imm} -> Float32:
+        var value = x[unsafe_offset=i].cast[DType.float32]()
+        comptime if normalize:
+            var w = weight[unsafe_offset=i].cast[DType.float32]()
+            value *= scale * (form.offset + w)
+        return value
+
+    var half = form.half
+    for i in range(half):
+        var a = normed(i)
+        var b = normed(i + half)
+        var c = angles[unsafe_offset=i]
+        var s = angles[unsafe_offset=half + i]
+        y[unsafe_offset=i] = (a * c - b * s).cast[dtype]()
+        y[unsafe_offset=i + half] = (b * c + a * s).cast[dtype]()
+    for i in range(2 * half, head_dim):
+        y[unsafe_offset=i] = normed(i).cast[dtype]()
+
+
+def qkv_cpu[
+    dtype: DType, weight_dtype: DType, //, normalize: Bool
+](heads: Heads[dtype], form: HeadForm[weight_dtype], tokens: Int):
+    """Every task takes a share of the tokens."""
+    # Norming and rotating an element costs about as much as reading 8.
+    var elements = heads.count() * heads.head_dim
+    var bytes = tokens * elements * size_of[dtype]() * 8
+    var tasks = task_count(tokens, bytes, 1)
+
+    def task(index: Int) {imm}:
+        var first, last = share(tokens, index, tasks)
+        for token in range(first, last):
+            var request = heads.request(token)
+            var angles = form.angles.unsafe_offset(token * 2 * form.half)
+            for head in range(heads.count()):
+                var y = heads.target(token, head, request)
+                var x = heads.source(token, head)
+                if head < heads.query_heads:
+                    head_cpu[normalize](
+                        y, x, form.q_weight, angles, heads.head_dim, form
+                    )
+                elif head < heads.query_heads + heads.key_heads:
+                    head_cpu[normalize](
+                        y, x, form.k_weight, angles, heads.head_dim, form
+                    )
+                else:
+                    for i in range(heads.head_dim):
+                        y[unsafe_offset=i] = x[unsafe_offset=i]
+
+    sync_parallelize(task, tasks)
+
+
+@extensibility.register("step3p5_qkv")
+struct Step3p5Qkv:
+    """Queries normed and rotated; keys likewise, and values, written to the paged cache.
+    """
+
+    @staticmethod
+    def execute[
+        dtype: DType,
+        weight_dtype: DType,
+        //,
+        target: StaticString,
+        normalize: Bool,
+        rotate: Bool,
+    ](
+        result: OutputTensor[dtype=dtype, rank=3, ...],
+        q: InputTensor[dtype=dtype, rank=2, ...],
+        k: InputTensor[dtype=dtype, rank=2, ...],
+        v: InputTensor[dtype=dtype, rank=2, ...],
+        q_weight: InputTensor[dtype=weight_dtype, rank=1, ...],
+        k_weight: InputTensor[dtype=weight_dtype, rank=1, ...],
+        eps: Float32,
+        offset: Float32,
+        table: InputTensor[dtype=DType.float32, rank=2, ...],
+        row_offsets: InputTensor[dtype=DType.uint32, rank=1, ...],
+        kv_blocks: MutableInputTensor[dtype=dtype, rank=6, ...],
+        page_stride: InputTensor[dtype=DType.int64, rank=1, ...],
+        cache_lengths: InputTensor[dtype=DType.uint32, rank=1, ...],
+        lookup_table: InputTensor[dtype=DType.uint32, rank=2, ...],
+        layer: UInt32,
+        ctx: DeviceContext,
+    ) raises:
+        """Places the heads of every token.
+
+        Parameters:
+            dtype: Type of projections, queries and cache; float32 on a CPU.
+            weight_dtype: Type of the norms' weights.
+            target: Kind of device.
+            normalize: Whether queries and keys are normed; the weights are not looked at otherwise.
+            rotate: Whether they are rotated; the table is not looked at otherwise.
+
+        Args:
+            result: Queries `[T, query heads, head_dim]`.
+            q: Projected queries `[T, query heads * head_dim]`.
+            k: Projected keys `[T, key heads * head_dim]`.
+            v: Projected values, as `k`.
+            q_weight: Norm weights of the queries `[head_dim]`.
+            k_weight: Norm weights of the keys `[head_dim]`.
+            eps: Added to the mean square.
+            offset: Added to the weights.
+            table: Rope table `[T, rotary_dim]`: cosines, then sines.
+            row_offsets: First row of every request, and the end `[R + 1]`.
+            kv_blocks: The cache `[pages, 2, layers, page_size, key heads, head_dim]`.
+            page_stride: Elements from page to page, on the host `[1]`; -1 where they are packed.
+            cache_lengths: Tokens of every request before this step `[R]`.
+            lookup_table: Every request's pages in order of position `[R, …]`.
+            layer: Layer within the cache.
+            ctx: The device.
+        """
+        comptime op = "step3p5_qkv"
+        var key_heads = kv_blocks.dim_size(4)
+        var head_dim = kv_blocks.dim_size(5)
+        var tokens = result.dim_size(0)
+        var row_size = key_heads * head_dim
+        expect_size(op, "result dim head_dim", result.dim_size(2), head_dim)
+        expect_size(op, "q[T, N] dim T", q.dim_size(0), tokens)
+        expect_size(
+            op, "q[T, N] dim N", q.dim_size(1), result.dim_size(1) * head_dim
+        )
+        expect_size(op, "k[T, N] dim T", k.dim_size(0), tokens)
+        expect_size(op, "k[T, N] dim N", k.dim_size(1), row_size)
+        expect_size(op, "v[T, N] dim T", v.dim_size(0), tokens)
+        expect_size(op, "v[T, N] dim N", v.dim_size(1), row_size)
+        expect_size(
+            op,
+            "row_offsets[R + 1]",
+            row_offsets.dim_size(0),
+            cache_lengths.dim_size(0) + 1,
+        )
+        if table.dim_size(1) > head_dim:
+            raise Error(
+                op,
+                ": a rope table of ",
+                table.dim_size(1),
+                " columns, expected at most ",
+                head_dim,
+            )
+        if tokens == 0:
+            return
+        var layer_size = kv_blocks.dim_size(3) * row_size
+        var value_offset = kv_blocks.dim_size(2) * layer_size
+        var stride = Int(page_stride[0])
+        var heads = Heads(
+            elements(result.unsafe_ptr()),
+            elements(q.unsafe_ptr()),
+            elements(k.unsafe_ptr()),
+            elements(v.unsafe_ptr()),
+            result.dim_size(1),
+            key_heads,
+            head_dim,
+            PagedCache(
+                elements(kv_blocks.unsafe_ptr()).unsafe_offset(
+                    Int(layer) * layer_size
+                ),
+                stride if stride >= 0 else 2 * value_offset,
+                value_offset,
+                kv_blocks.dim_size(3),
+                row_size,
+                elements(lookup_table.unsafe_ptr()),
+                lookup_table.dim_size(1),
+            ),
+            elements(row_offsets.unsafe_ptr()),
+            elements(cache_lengths.unsafe_ptr()),
+            cache_lengths.dim_size(0),
+        )
+        var form = HeadForm(
+            elements(q_weight.unsafe_ptr()),
+            elements(k_weight.unsafe_ptr()),
+            eps,
+            offset,
+            elements(table.unsafe_ptr()),
+            table.dim_size(1) // 2 if rotate else 0,
+        )
+        comptime if target == "cpu":
+            qkv_cpu[normalize](heads, form, tokens)
+        else:
+            qkv_gpu[normalize](heads, form, tokens, ctx)
