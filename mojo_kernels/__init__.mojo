@@ -1,6 +1,7 @@
 """Custom ops: the mixture-of-experts layer (routing, grouping by expert, the experts), dense layers, rotary embedding.
 """
 
+from .assign import Step3p5MoeAssign
 from .down import Step3p5MoeDown
 from .gate_up import Step3p5MoeGateUp
 from .group import Step3p5MoeGroup

@@ -75,6 +75,34 @@ def group(ids: TensorValue, *, num_experts: DimLike) -> tuple[TensorValue, Tenso
     return rows, offsets
 
 
+class Assignments(NamedTuple):
+    """The results of `route`, then those of `group`."""
+
+    ids: TensorValue
+    weights: TensorValue
+    rows: TensorValue
+    offsets: TensorValue
+
+
+def assign(logits: TensorValue, bias: TensorValue, *, top_k: DimLike, normalize: bool, scale: float) -> Assignments:
+    """`route`, and `group` of what it chose, in one op: at few tokens one launch takes less time than two."""
+    device, tokens, experts = logits.device, logits.shape[0], logits.shape[1]
+    return Assignments(
+        *custom_op(
+            "step3p5_moe_assign",
+            device,
+            [logits, bias, _scalar(scale)],
+            [
+                TensorType(DType.int32, (tokens, top_k), device),
+                TensorType(DType.float32, (tokens, top_k), device),
+                TensorType(DType.int32, (tokens * Dim(top_k),), device),
+                TensorType(DType.int32, (experts + 1,), device),
+            ],
+            parameters={"normalize": normalize},
+        )
+    )
+
+
 def gate_up(
     x: TensorValue,
     gate: TensorValue,

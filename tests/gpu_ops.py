@@ -28,7 +28,7 @@ from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
 from step3p5 import kernels
 from step3p5.layer_config import RopeConfig
-from step3p5.layers.rope import apply_rope, rope_table
+from step3p5.layers.rope import rope_table
 
 GPU = DeviceRef.GPU()
 TOP_K, HEADS, HEAD_DIM, ROTARY_DIM = 8, 8, 128, 64
@@ -57,7 +57,9 @@ def experts(
     act = kernels.gate_up(x, gate, up, rows, offsets, limit)
     y = kernels.down(act, down, rows, offsets, weights)
     gated = kernels.swiglu(x, gate[0], up[0], limit)
-    return [ids, weights, rows, offsets, act, y, gated, kernels.linear(gated, down[0])]
+    assigned = kernels.assign(logits, bias, top_k=TOP_K, normalize=True, scale=3.0)
+    quartet = kernels.linear4(gated, down[0], down[1], down[2], down[3])
+    return [ids, weights, rows, offsets, act, y, gated, kernels.linear(gated, down[0]), *assigned, *quartet]
 
 
 def rope_inputs() -> list[TensorType]:
@@ -70,9 +72,9 @@ def rope_inputs() -> list[TensorType]:
 
 
 def rope(x: TensorValue, row_offsets: TensorValue, cache_lengths: TensorValue) -> list[TensorValue]:
-    """The table of angles and the rotation."""
+    """The table of angles."""
     table = rope_table(RopeConfig(theta=1e4, rotary_dim=ROTARY_DIM, scaling=None), x, row_offsets, cache_lengths)
-    return [table, apply_rope(x, table)]
+    return [table]
 
 
 def all_ops() -> Graph:

@@ -55,16 +55,15 @@ class MoE(Module):
             if config.router_bias
             else ops.broadcast_to(ops.constant(0.0, DType.float32, device=x.device), (config.num_experts,))
         )
-        ids, weights = kernels.route(
+        chosen = kernels.assign(
             logits,
             bias,
             top_k=config.top_k,
             normalize=config.normalize_weights,
             scale=config.router_scaling_factor,
         )
-        rows, offsets = kernels.group(ids, num_experts=config.num_experts)
-        hidden = kernels.gate_up(x, self.gate_proj(), self.up_proj(), rows, offsets, limit)
-        return kernels.down(hidden, self.down_proj(), rows, offsets, weights)
+        hidden = kernels.gate_up(x, self.gate_proj(), self.up_proj(), chosen.rows, chosen.offsets, limit)
+        return kernels.down(hidden, self.down_proj(), chosen.rows, chosen.offsets, chosen.weights)
 
     def _router_logits(self, x: TensorValue) -> TensorValue:
         if self.config.fp32_gate:
