@@ -32,9 +32,9 @@ def tensor(*shape: str, dtype: DType = DType.float32) -> TensorType:
 def router(logits: TensorValue, bias: TensorValue, chosen: TensorValue) -> list[TensorValue]:
     """(logits [T, E], bias [E], any [K]) -> ids, weights, plain weights, rows, offsets."""
     top_k = chosen.shape[0]
-    ids, weights = graph_ops.route(logits, bias, top_k=top_k, normalize=True, scale=SCALE)
+    chosen = graph_ops.assign(logits, bias, top_k=top_k, normalize=True, scale=SCALE)
     _, plain = graph_ops.route(logits, bias, top_k=top_k, normalize=False, scale=1.0)
-    return [ids, weights, plain, *graph_ops.group(ids, num_experts=logits.shape[1])]
+    return [chosen.ids, chosen.weights, plain, chosen.rows, chosen.offsets]
 
 
 def grouping(ids: TensorValue, experts: TensorValue) -> list[TensorValue]:

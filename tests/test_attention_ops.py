@@ -1,0 +1,170 @@
+"""The Mojo ops around attention against numpy in float64: four projections, and heads on their way into the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from max.driver import CPU, Buffer
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.graph import BufferType, DeviceRef, Dim, Graph, TensorType, TensorValue
+from max.graph.dim import StaticDim
+from max.nn.kv_cache import PagedCacheValues
+
+from step3p5 import kernels
+
+Array = npt.NDArray[Any]
+HEAD_DIM, QUERY_HEADS, KEY_HEADS, PAGE_SIZE, LAYERS, ROTARY_DIM = 10, 6, 2, 4, 3, 6
+EPS = 1e-5
+
+
+def tensor(*shape: str | int, dtype: DType = DType.float32) -> TensorType:
+    return TensorType(dtype, shape, DeviceRef.CPU())
+
+
+QKV_CASES = {"all": (True, True), "no norm": (False, True), "no rope": (True, False)}
+"""Whether queries and keys are normed, and whether they are rotated."""
+
+
+def linear4_types() -> list[TensorType | BufferType]:
+    return [tensor("T", "K"), *(tensor(f"N{i}", f"K{i}") for i in range(4))]
+
+
+def qkv_types() -> list[TensorType | BufferType]:
+    query, key = QUERY_HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM
+    return [
+        *(tensor("qkv_T", size) for size in (query, key, key)),
+        *(tensor(HEAD_DIM) for _ in range(2)),
+        tensor("qkv_T", ROTARY_DIM),
+        tensor("R1", dtype=DType.uint32),
+        BufferType(DType.float32, ["P", 2, LAYERS, PAGE_SIZE, KEY_HEADS, HEAD_DIM], DeviceRef.CPU()),
+        tensor(1, dtype=DType.int64),
+        tensor("R", dtype=DType.uint32),
+        tensor("R", "M", dtype=DType.uint32),
+        tensor(dtype=DType.uint32),
+    ]
+
+
+def qkv_graph(values: list[Any], normalize: bool, rotate: bool) -> TensorValue:
+    q, k, v, q_weight, k_weight, table, offsets = (value.tensor for value in values[:7])
+    stride, lengths, lookup, layer = (value.tensor for value in values[8:])
+    cache = PagedCacheValues(
+        kv_blocks=values[7].buffer,
+        cache_lengths=lengths,
+        lookup_table=lookup,
+        max_prompt_length=stride,
+        max_cache_length=stride,
+        page_stride=stride,
+    )
+    norm = kernels.HeadNorm(q_weight, k_weight, EPS, 1.0) if normalize else None
+    return kernels.qkv(q, k, v, norm, table if rotate else None, offsets, cache, layer)
+
+
+class Ops:
+    """All ops in one compiled graph; a call runs one of them, the others on operands without tokens."""
+
+    def __init__(self) -> None:
+        parts = {"linear4": linear4_types(), **{name: qkv_types() for name in QKV_CASES}}
+        self.idle: dict[str, list[Buffer]] = {
+            name: [Buffer.zeros([d if isinstance(d, int) else 0 for d in dims(t)], t.dtype) for t in types]
+            for name, types in parts.items()
+        }
+        for name in QKV_CASES:  # no request still has an offset
+            self.idle[name][6] = Buffer.zeros([1], DType.uint32)
+        types = [t for name, part in parts.items() for t in (renamed(t, name) for t in part)]
+        with Graph("attention_ops", input_types=types) as graph:
+            values = list(graph.inputs)
+            x, w0, w1, w2, w3 = (value.tensor for value in values[:5])
+            size = len(qkv_types())
+            heads = [
+                qkv_graph(values[5 + i * size : 5 + (i + 1) * size], *case) for i, case in enumerate(QKV_CASES.values())
+            ]
+            graph.output(*kernels.linear4(x, w0, w1, w2, w3), *heads)
+        self.model = InferenceSession(devices=[CPU()]).load(graph)
+
+    def run(self, part: str, *operands: Array | Buffer) -> list[Array]:
+        buffers = [v if isinstance(v, Buffer) else Buffer.from_numpy(v) for v in operands]
+        given = self.idle | {part: buffers}
+        outputs = [output.to_numpy() for output in self.model.execute(*(v for name in self.idle for v in given[name]))]
+        return outputs[:4] if part == "linear4" else [outputs[4 + list(QKV_CASES).index(part)]]
+
+
+def dims(of: TensorType | BufferType) -> list[int | str]:
+    return [int(dim) if isinstance(dim, StaticDim) else str(dim) for dim in map(Dim, of.shape)]
+
+
+def renamed(of: TensorType | BufferType, part: str) -> TensorType | BufferType:
+    """Symbolic sizes of a part's own."""
+    shape = [dim if isinstance(dim, int) else f"{part.replace(' ', '_')}_{dim}" for dim in dims(of)]
+    return type(of)(of.dtype, shape, DeviceRef.CPU())
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Ops:
+    return Ops()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 100])
+@pytest.mark.parametrize("sizes", [(48, 8, 8, 3), (1, 1, 1, 1), (7, 300, 13, 64)])
+def test_four_matrices_at_once(compiled: Ops, tokens: int, sizes: tuple[int, ...], rng: np.random.Generator) -> None:
+    x = rng.standard_normal((tokens, 37), np.float32)
+    matrices = [rng.standard_normal((size, 37), np.float32) for size in sizes]
+    compiled.run("linear4", np.full_like(x, np.nan), *matrices)  # leaves NaN where the results will lie
+    for found, w in zip(compiled.run("linear4", x, *matrices), matrices, strict=True):
+        np.testing.assert_allclose(found, x.astype(np.float64) @ w.T, rtol=0, atol=1e-5)
+
+
+def test_a_matrix_of_another_depth_is_named(compiled: Ops) -> None:
+    x, fits, misfit = np.zeros((1, 5), np.float32), np.zeros((2, 5), np.float32), np.zeros((2, 4), np.float32)
+    with pytest.raises(ValueError, match=r"w2\[N, K\] dim K is 4, the other operands imply 5"):
+        compiled.run("linear4", x, fits, fits, misfit, fits)
+
+
+def normed(x: Array, weight: Array) -> Array:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * (1 + weight)
+
+
+def rotated(x: Array, table: Array) -> Array:
+    half = ROTARY_DIM // 2
+    cosines, sines = table[:, None, :half], table[:, None, half:]
+    a, b, rest = x[..., :half], x[..., half:ROTARY_DIM], x[..., ROTARY_DIM:]
+    return np.concatenate([a * cosines - b * sines, b * cosines + a * sines, rest], -1)
+
+
+@pytest.mark.parametrize("name", QKV_CASES)
+def test_heads_are_normed_rotated_and_stored(compiled: Ops, name: str, rng: np.random.Generator) -> None:
+    normalize, rotate = QKV_CASES[name]
+    lengths, new, layer = [0, 5, 11], [3, 1, 6], 1
+    tokens = sum(new)
+    q, k, v = (
+        rng.standard_normal((tokens, heads * HEAD_DIM), np.float32) for heads in (QUERY_HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    weights = rng.standard_normal((2, HEAD_DIM), np.float32)
+    table = rng.standard_normal((tokens, ROTARY_DIM), np.float32)
+    lookup = rng.permutation(15).reshape(3, 5).astype(np.uint32)
+    before = rng.standard_normal((15, 2, LAYERS, PAGE_SIZE, KEY_HEADS, HEAD_DIM), np.float32)
+    blocks = Buffer.from_numpy(before.copy())
+    offsets = np.concatenate([[0], np.cumsum(new)]).astype(np.uint32)
+    (result,) = compiled.run(
+        name,
+        *(q, k, v, *weights, table, offsets, blocks),
+        *(np.array([-1]), np.array(lengths, np.uint32), lookup, np.array(layer, np.uint32)),
+    )
+
+    def formed(x: Array, weight: Array) -> Array:
+        heads = x.astype(np.float64).reshape(tokens, -1, HEAD_DIM)
+        heads = normed(heads, weight) if normalize else heads
+        return rotated(heads, table) if rotate else heads
+
+    np.testing.assert_allclose(result, formed(q, weights[0]), rtol=0, atol=1e-5)
+    expected = before.astype(np.float64)
+    keys, values = formed(k, weights[1]), v.reshape(tokens, KEY_HEADS, HEAD_DIM)
+    for request, (length, count) in enumerate(zip(lengths, new, strict=True)):
+        for i in range(count):
+            position, token = length + i, offsets[request] + i
+            page = lookup[request, position // PAGE_SIZE]
+            expected[page, :, layer, position % PAGE_SIZE] = keys[token], values[token]
+    np.testing.assert_allclose(blocks.to_numpy(), expected, rtol=0, atol=1e-5)
