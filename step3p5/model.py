@@ -146,7 +146,8 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
         """
         vocab_size = self.arch_config_as(Step3p5Config).model.vocab_size
         for context in chain.from_iterable(replica_batches):
-            check_token_ids(context.tokens.active, vocab_size)
+            if context.tokens.generated_length == 0:  # what was sampled needs no check
+                check_token_ids(context.tokens.active, vocab_size)
         inputs = super().prepare_initial_token_inputs(replica_batches, kv_cache_inputs, return_n_logits)
         assert isinstance(inputs, Step3p5Inputs)
         return inputs
