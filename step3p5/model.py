@@ -23,6 +23,7 @@ from max.pipelines.lib.interfaces.pipeline_model import AlwaysSignalBuffersMixin
 from max.pipelines.lib.memory_estimation import MemoryPlan
 from typing_extensions import override
 
+from .artifacts import record_or_check
 from .batch_processor import Step3p5BatchProcessor
 from .model_config import Step3p5Config
 from .step3p5 import Step3p5
@@ -129,6 +130,7 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
 
         Raises:
             CheckpointError: If the checkpoint's tensors are not those of its configuration.
+            ArtifactError: If `--precompiled-mefs` names artifacts of other settings.
         """
         return self.load_graphs(session)[GraphRole.DECODER]
 
@@ -162,6 +164,7 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
     def graph_specs(self, model_config: Any) -> dict[str, GraphSpec]:
         """The decoder's graph, with its weights."""
         assert isinstance(model_config, Step3p5Config)
+        record_or_check(self.pipeline_config, model_config)
         module = Step3p5(model_config)
         # Safetensors promises no alignment beyond the header's.
         module.load_state_dict(self.state_dict, weight_alignment=1, strict=True)
