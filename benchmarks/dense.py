@@ -23,15 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 TOKENS = (16, 32, 64, 65, 128, 256, 512, 1024, 2048, 8192)
 
-VARIANTS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-    "default": ((), (16, 4)),
-    "single": (("dense_wgmma_gpu.SHARERS=1",), (4,)),
-    "few": (("crossover.DENSE_FROM_TOKENS=1",), (16,)),
+VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ("linear", "swiglu")),
+    "few": (("crossover.DENSE_FROM_TOKENS=1",), ("linear",)),
+    "single": (("dense_wgmma_gpu.SHARERS=1",), ("linear",)),
 }
-"""What `compile` makes without `--variant`: other values of constants, and the numbers of launches to compile."""
+"""What `compile` makes without `--variant`: other values of constants, and the ops to compile."""
 
 
-def compile_one(file: Path, op: str, repeats: int, constants: tuple[str, ...]) -> None:
+def compile_one(file: Path, op: str, constants: tuple[str, ...]) -> None:
     """Writes one graph; in a process of its own, for a session's later files hold the kernels of the earlier ones."""
     from max.driver import (
         Accelerator,
@@ -48,22 +48,20 @@ def compile_one(file: Path, op: str, repeats: int, constants: tuple[str, ...]) -
     from moe import kernels_with
 
     with kernels_with(constants):
-        InferenceSession(devices=[Accelerator()]).compile(GRAPHS[op](repeats)).export_mef(file)
+        InferenceSession(devices=[Accelerator()]).compile(GRAPHS[op]()).export_mef(file)
     print(file, flush=True)
     os._exit(0)  # with virtual devices, MAX's threads can abort the interpreter's ordinary exit
 
 
-def compile_variants(folder: Path, variants: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]) -> None:
-    """Writes `DIR/VARIANT/OP-REPEATS.mef`."""
-    for name, (constants, all_repeats) in variants.items():
+def compile_variants(folder: Path, variants: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> None:
+    """Writes `DIR/VARIANT/OP.mef`."""
+    for name, (constants, all_ops) in variants.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for repeats in all_repeats:
-            for op in ("linear", "swiglu"):
-                file = folder / name / f"{op}-{repeats}.mef"
-                command = [sys.executable, __file__, "compile-one", str(file), op, str(repeats), *constants]
-                with tempfile.TemporaryDirectory() as cache:
-                    environment = dict(os.environ, MODULAR_MAX_CACHE_DIR=cache, MODULAR_CACHE_DIR=cache)
-                    subprocess.run(command, check=True, env=environment)
+        for op in all_ops:
+            command = [sys.executable, __file__, "compile-one", str(folder / name / f"{op}.mef"), op, *constants]
+            with tempfile.TemporaryDirectory() as cache:
+                environment = dict(os.environ, MODULAR_MAX_CACHE_DIR=cache, MODULAR_CACHE_DIR=cache)
+                subprocess.run(command, check=True, env=environment)
 
 
 def main() -> None:
@@ -76,7 +74,6 @@ def main() -> None:
     one = commands.add_parser("compile-one", help="one graph (used by compile)")
     one.add_argument("file", type=Path)
     one.add_argument("op")
-    one.add_argument("repeats", type=int)
     one.add_argument("constants", nargs="*")
     running = commands.add_parser("run", help="check and measure on this machine's GPU")
     running.add_argument("folder", type=Path, metavar="DIR")
@@ -89,12 +86,12 @@ def main() -> None:
 
         dense_run.run(args.folder, args.variants, args.tokens, args.json)
     elif args.command == "compile-one":
-        compile_one(args.file, args.op, args.repeats, tuple(args.constants))
+        compile_one(args.file, args.op, tuple(args.constants))
     elif args.variant is None:
         compile_variants(args.folder, VARIANTS)
     else:
-        constants, repeats = VARIANTS.get(args.variant, ((), (16, 4)))
-        compile_variants(args.folder, {args.variant: (constants + tuple(args.constants), repeats)})
+        constants, all_ops = VARIANTS.get(args.variant, ((), ("linear", "swiglu")))
+        compile_variants(args.folder, {args.variant: (constants + tuple(args.constants), all_ops)})
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from step3p5 import kernels
 GPU = DeviceRef.GPU()
 BF16 = DType.bfloat16
 
-REPEATS = {1024: 16, 8192: 4}
-"""Launches of a graph, each with its own weights, by the number of tokens up to which they are used."""
+LAUNCHES = 16
+"""Launches of a graph, each with its own weights: together they are larger than the second-level cache."""
 
 SHAPES = {
     "linear": ((4096, 8192), (4096, 12288), (4096, 1024), (8192, 4096), (12288, 4096), (11264, 4096), (1280, 4096)),
@@ -29,18 +29,18 @@ TENSORS = {"linear": 1, "swiglu": 2}
 """Weight tensors of a launch."""
 
 
-def linear_graph(repeats: int) -> Graph:
+def linear_graph() -> Graph:
     """(x, then w of every launch) -> y of every launch."""
-    types = [TensorType(BF16, ("T", "K"), GPU), *repeats * [TensorType(BF16, ("N", "K"), GPU)]]
+    types = [TensorType(BF16, ("T", "K"), GPU), *LAUNCHES * [TensorType(BF16, ("N", "K"), GPU)]]
     with Graph("linear", input_types=types) as graph:
         x, *weights = (value.tensor for value in graph.inputs)
         graph.output(*(kernels.linear(x, w) for w in weights))
     return graph
 
 
-def swiglu_graph(repeats: int) -> Graph:
+def swiglu_graph() -> Graph:
     """(x, then gate and up of every launch) -> activations of every launch."""
-    types = [TensorType(BF16, ("T", "K"), GPU), *2 * repeats * [TensorType(BF16, ("N", "K"), GPU)]]
+    types = [TensorType(BF16, ("T", "K"), GPU), *2 * LAUNCHES * [TensorType(BF16, ("N", "K"), GPU)]]
     with Graph("swiglu", input_types=types) as graph:
         x, *weights = (value.tensor for value in graph.inputs)
         limit = ops.constant(float("inf"), DType.float32, device=DeviceRef.CPU())
@@ -49,4 +49,4 @@ def swiglu_graph(repeats: int) -> Graph:
     return graph
 
 
-GRAPHS: dict[str, Callable[[int], Graph]] = {"linear": linear_graph, "swiglu": swiglu_graph}
+GRAPHS: dict[str, Callable[[], Graph]] = {"linear": linear_graph, "swiglu": swiglu_graph}
