@@ -209,9 +209,9 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
                 var b = WGMMADescriptor.create[64, 1, SWIZZLE](
                     self.tokens().unsafe_offset(i * 16)
                 )
-                sums = wgmma_async[
-                    64, Self.N, 16, a_type=BF16, b_type=BF16
-                ](a, b, sums)
+                sums = wgmma_async[64, Self.N, 16, a_type=BF16, b_type=BF16](
+                    a, b, sums
+                )
             wgmma_commit_group_sync()
             wgmma_wait_group_sync[1]()
             if step > 0:

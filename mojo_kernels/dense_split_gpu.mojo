@@ -10,7 +10,11 @@ from max.gpu import (
     thread_idx,
 )
 from max.gpu.host import DeviceContext, Dim, FuncAttribute
-from max.gpu.primitives.cluster import cluster_sync
+from max.gpu.primitives.cluster import (
+    cluster_arrive_relaxed,
+    cluster_sync,
+    cluster_wait,
+)
 from max.gpu.primitives.grid_controls import (
     PDLLevel,
     launch_dependent_grids,
@@ -23,6 +27,7 @@ from std.sys.intrinsics import _RegisterPackType
 from std.utils.static_tuple import StaticTuple
 
 from .dense_output_gpu import DenseOutput, Quad
+from .dense_plan_gpu import MAX_SPLITS
 from .dense_ring_gpu import (
     BF16,
     DenseRing,
@@ -113,6 +118,48 @@ def load_share[
         ring.step()
 
 
+@always_inline
+def store_share[
+    D: DenseOutput, N: Int, SPLITS: Int
+](output: D, base: SharedTile, rank: Int, row: Int, token: Int, tokens: Int,):
+    """Adds the sums of the cluster's blocks for a share of the tile's tokens, and stores the results.
+
+    Args:
+        output: The product.
+        base: Where the blocks' sums begin in shared memory.
+        rank: Index of the share.
+        row: First result of the warp.
+        token: First token of the tile.
+        tokens: Number of all tokens.
+    """
+    # So many reads are on their way at once.
+    comptime TOGETHER = MAX_SPLITS // SPLITS
+    comptime QUADS = N // 8 // SPLITS
+    comptime assert QUADS % TOGETHER == 0
+    var own = Int32(Int(own_quads(base)))
+    for begin in range(rank * QUADS, (rank + 1) * QUADS, TOGETHER):
+        var parts = StaticTuple[Quad, MAX_SPLITS]()
+        comptime for i in range(TOGETHER):
+            comptime for peer in range(SPLITS):
+                parts[i * SPLITS + peer] = load_peer(
+                    peer_address(own + Int32((begin + i) * QUAD_BYTES), peer)
+                )
+        comptime for i in range(TOGETHER):
+            var sums = parts[i * SPLITS]
+            comptime for peer in range(1, SPLITS):
+                sums += parts[i * SPLITS + peer]
+            var to_token = token + 8 * (begin + i) + Int(lane_id()) // 4
+            comptime for m in range(D.MATRICES):
+                var column = row + 8 * m
+                store_transposed(
+                    output.results().unsafe_offset(
+                        to_token * output.features() + column
+                    ),
+                    output.matrix[m](sums),
+                    to_token < tokens and column < output.features(),
+                )
+
+
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
 @__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
 @__llvm_arg_metadata(first, `nvvm.grid_constant`)
@@ -177,26 +224,15 @@ def dense_split[
         launch_dependent_grids()
     cluster_sync()
     if warp != LOADER:
-        var own = Int32(Int(own_quads(ring.base)))
         var row = row_tile * ROWS + warp * 8 * D.MATRICES
-        var first_quad, last_quad = share(N // 8, rank, Int(splits))
-        for j in range(first_quad, last_quad):
-            var address = own + Int32(j * QUAD_BYTES)
-            var sums = load_peer(peer_address(address, 0))
-            for peer in range(1, Int(splits)):
-                sums += load_peer(peer_address(address, peer))
-            var to_token = token + 8 * j + Int(lane_id()) // 4
-            comptime for i in range(D.MATRICES):
-                var column = row + 8 * i
-                store_transposed(
-                    output.results().unsafe_offset(
-                        to_token * output.features() + column
-                    ),
-                    output.matrix[i](sums),
-                    to_token < Int(tokens) and column < output.features(),
+        comptime for all in [1, 2, 4, MAX_SPLITS]:
+            if Int(splits) == all:
+                store_share[D, N, all](
+                    output, ring.base, rank, row, token, Int(tokens)
                 )
     # The other blocks may still read this one's sums.
-    cluster_sync()
+    cluster_arrive_relaxed()
+    cluster_wait()
 
 
 @always_inline
@@ -220,7 +256,7 @@ def launch_dense_split[
     splits: Int,
     ctx: DeviceContext,
 ) raises:
-    """Enqueues `dense_split` with clusters of `splits` blocks, at most eight and at most one for every `TILE_K` of depth.
+    """Enqueues `dense_split` with clusters of `splits` blocks: 1, 2, 4 or 8, at most one for every `TILE_K` of depth.
     """
     comptime Ring = DenseRing[N, STAGES, 1]
     comptime assert Ring.BYTES >= N // 8 * QUAD_BYTES

@@ -180,39 +180,42 @@ def dense_wgmma[
     var row_groups = ceildiv(output.features(), ROWS * SHARERS)
     var token_tiles = ceildiv(Int(tokens), N)
     var warp = Int(thread_idx.x) // 32
-    for tile in range(
-        Int(block_idx.x) // SHARERS,
-        row_groups * token_tiles,
-        Int(grid_dim.x) // SHARERS,
-    ):
-        var place = DenseTile.of(tile, row_groups, token_tiles)
-        var row = (place.row_group * SHARERS + rank) * ROWS
-        var token = place.token_tile * N
-        if warp == LOADER:
+    var tiles = row_groups * token_tiles
+    var first_tile = Int(block_idx.x) // SHARERS
+    var clusters = Int(grid_dim.x) // SHARERS
+    if warp == LOADER:
+        for tile in range(first_tile, tiles, clusters):
+            var place = DenseTile.of(tile, row_groups, token_tiles)
+            var row = (place.row_group * SHARERS + rank) * ROWS
             for step in range(steps):
                 ring.wait_empty()
                 ring.load_weights[D.BOX_ROWS, D.TENSORS](
                     first, second, row, step * TILE_K
                 )
-                ring.load_tokens(x, rank, token, step * TILE_K)
+                ring.load_tokens(x, rank, place.token_tile * N, step * TILE_K)
                 ring.step()
-        else:
-            var group = warp // 4
-            var sums = ring.multiply(group, steps)
-            store_tile(
-                output,
-                sums,
-                ring.base.unsafe_offset(
-                    ring.BYTES // 2 + group * STAGED_TOKENS * D.MATRICES * 32
-                ),
-                group,
-                row + group * (ROWS // 2),
-                token,
-                Int(tokens),
-            )
-    comptime if SHARERS > 1:
-        # A block must stay as long as another one may write to its memory or signal its barriers.
-        cluster_sync()
+        # The block must stay as long as another one may signal its barriers.
+        comptime for _ in range(STAGES):
+            ring.wait_empty()
+            ring.step()
+        return
+    var group = warp // 4
+    var staging = ring.base.unsafe_offset(
+        ring.BYTES // 2 + group * STAGED_TOKENS * D.MATRICES * 32
+    )
+    for tile in range(first_tile, tiles, clusters):
+        var place = DenseTile.of(tile, row_groups, token_tiles)
+        var row = (place.row_group * SHARERS + rank) * ROWS
+        var sums = ring.multiply(group, steps)
+        store_tile(
+            output,
+            sums,
+            staging,
+            group,
+            row + group * (ROWS // 2),
+            place.token_tile * N,
+            Int(tokens),
+        )
 
 
 def launch_dense_wgmma[
