@@ -31,6 +31,9 @@ comptime LOADER = MULTIPLIERS // 32
 
 comptime THREADS = MULTIPLIERS + 32
 
+comptime BOX_TOKENS = 32
+"""Tokens that one TMA copy brings where a tile's number of tokens varies."""
+
 comptime Sums[N: Int] = StaticTuple[Float32, N // 2]
 """A thread's part of 64 x `N` sums: element 4 j + i (+ 2) is that of column 8 j + 2 (lane % 4) + i, row lane / 4 (+ 8)
 of the warp's 16."""
@@ -43,8 +46,7 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
     when every one of them is done with it.
     """
 
-    comptime STAGE_BYTES = (TILE_M + Self.N) * TILE_K * 2
-    comptime BYTES = Self.STAGES * Self.STAGE_BYTES
+    comptime BYTES = Self.STAGES * (TILE_M + Self.N) * TILE_K * 2
     comptime TOKEN_ROWS = Self.N // Self.SHARERS
     """Rows of tokens that one block brings."""
 
@@ -122,6 +124,15 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
                 )
 
     @always_inline
+    def expect(self, token_rows: Int):
+        """The loading warp announces a stage's weights and `token_rows` rows of tokens.
+        """
+        if lane_id() == 0:
+            self.full[unsafe_offset=self.stage].expect_bytes(
+                Int32((TILE_M + token_rows) * TILE_K * 2)
+            )
+
+    @always_inline
     def load_weights[
         BOX_ROWS: Int, TENSORS: Int, shape: Coord, desc: Coord
     ](
@@ -140,10 +151,6 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
             column: First column, likewise.
         """
         var lane = Int(lane_id())
-        if lane == 0:
-            self.full[unsafe_offset=self.stage].expect_bytes(
-                Int32(Self.STAGE_BYTES)
-            )
         if lane < TILE_M // BOX_ROWS:
             var to = TileTensor(
                 self.weights().unsafe_offset(lane * BOX_ROWS * TILE_K),
@@ -191,12 +198,37 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
             )
 
     @always_inline
-    def multiply(mut self, group: Int, steps: Int) -> Sums[Self.N]:
-        """The product of 64 weight rows and all tokens over the next `steps` stages, at least one.
+    def load_boxes[
+        shape: Coord, desc: Coord
+    ](
+        self,
+        x: TMATensorTile[BF16, shape, desc],
+        boxes: Int,
+        token: Int,
+        column: Int,
+    ):
+        """The loading warp starts the copies of some boxes of `BOX_TOKENS` tokens.
+        """
+        var lane = Int(lane_id())
+        if lane < boxes:
+            x.async_copy(
+                TileTensor(
+                    self.tokens().unsafe_offset(lane * BOX_TOKENS * TILE_K),
+                    row_major[BOX_TOKENS, TILE_K](),
+                ),
+                self.full[unsafe_offset=self.stage],
+                (column, token + lane * BOX_TOKENS),
+            )
+
+    @always_inline
+    def multiply[
+        COLUMNS: Int
+    ](mut self, group: Int, steps: Int) -> Sums[COLUMNS]:
+        """The product of 64 weight rows and the first `COLUMNS` tokens over the next `steps` stages, at least one.
 
         One group of WGMMAs stays in flight, so that a stage is released a step late.
         """
-        var sums = Sums[Self.N](fill=0)
+        var sums = Sums[COLUMNS](fill=0)
         var last = self.stage
         for step in range(steps):
             self.wait_full()
@@ -209,7 +241,7 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
                 var b = WGMMADescriptor.create[64, 1, SWIZZLE](
                     self.tokens().unsafe_offset(i * 16)
                 )
-                sums = wgmma_async[64, Self.N, 16, a_type=BF16, b_type=BF16](
+                sums = wgmma_async[64, COLUMNS, 16, a_type=BF16, b_type=BF16](
                     a, b, sums
                 )
             wgmma_commit_group_sync()

@@ -101,6 +101,7 @@ def load_share[
     var ahead = min(begin + STAGES, end)
     var tokens_ring = ring
     for step in range(begin, ahead):
+        ring.expect(N)
         ring.load_weights[D.BOX_ROWS, D.TENSORS](
             first, second, row, step * TILE_K
         )
@@ -111,6 +112,7 @@ def load_share[
         tokens_ring.step()
     for step in range(ahead, end):
         ring.wait_empty()
+        ring.expect(N)
         ring.load_weights[D.BOX_ROWS, D.TENSORS](
             first, second, row, step * TILE_K
         )
@@ -207,7 +209,7 @@ def dense_split[
         )
         launch_dependent_grids()
     else:
-        var sums = ring.multiply(warp // 4, end - begin)
+        var sums = ring.multiply[N](warp // 4, end - begin)
         # The other warps may still read the stages that the sums replace.
         multipliers_barrier()
         var to = own_quads(ring.base)
