@@ -102,6 +102,8 @@ def busy_seconds(machine: Machine, model: Model, operands: Sequence[Buffer]) -> 
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
+    if not ranges:
+        raise RuntimeError("the profiler saw no kernel: CUPTI is missing or in use by another program")
     busy, until = 0.0, 0.0
     for begin, end in ranges:
         busy += max(end - max(begin, until), 0.0)
