@@ -1,63 +1,20 @@
-"""Dense layers for many tokens on Hopper's tensor cores: the grouped product with one expert that has every token."""
+"""Dense layers for many tokens on Hopper's tensor cores."""
 
-from max.gpu import global_idx
-from max.gpu.host import DeviceBuffer, DeviceContext
+from max.gpu.host import DeviceContext
 from std.math import ceildiv
+from std.utils.numerics import inf
 
-from .grouped_down_gpu import DownProduct, launch_down_wgmma
-from .grouped_gate_up_gpu import GateUpProduct, launch_gate_up_wgmma
-from .grouped_tiles_gpu import TILE_M
-from .operands import Ids
+from .dense_output_gpu import DenseOutput, LinearOutput, SwigluOutput
+from .dense_plan_gpu import plan_dense
+from .dense_split_gpu import launch_dense_split
+from .dense_wgmma_gpu import launch_dense_wgmma
+from .grouped_tiles_gpu import TILE_K, TILE_M
 from .stream_gpu import BFloats
-
-comptime THREADS = 256
 
 
 def dense_fits(in_features: Int, out_features: Int) -> Bool:
     """Whether the kernels can take a matrix of this size."""
     return in_features % 8 == 0 and out_features % 8 == 0
-
-
-def list_tokens_kernel(rows: Ids, offsets: Ids, tokens: Int32):
-    """Every token on expert 0."""
-    var token = Int(global_idx.x)
-    if token < Int(tokens):
-        rows[unsafe_offset=token] = Int32(token)
-    if token == 0:
-        offsets[unsafe_offset=0] = 0
-        offsets[unsafe_offset=1] = tokens
-
-
-def list_tokens(
-    tokens: Int, ctx: DeviceContext
-) raises -> DeviceBuffer[DType.int32]:
-    """The rows, and the offsets behind them, of one expert that has every token.
-    """
-    var buffer = ctx.enqueue_create_buffer[DType.int32](tokens + 2)
-    var rows = buffer.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    ctx.enqueue_function[list_tokens_kernel](
-        rows,
-        rows.unsafe_offset(tokens),
-        Int32(tokens),
-        grid_dim=ceildiv(tokens, THREADS),
-        block_dim=THREADS,
-    )
-    return buffer^
-
-
-def tile_tokens(
-    tokens: Int, out_features: Int, ctx: DeviceContext
-) raises -> Int:
-    """Most tokens of a tile with which the tiles still occupy every multiprocessor.
-    """
-    comptime multiprocessors = ctx.default_device_info.sm_count
-    for width in [256, 128]:
-        if (
-            ceildiv(tokens, width) * ceildiv(out_features, TILE_M)
-            >= multiprocessors
-        ):
-            return width
-    return 64
 
 
 def linear_dense(
@@ -70,31 +27,16 @@ def linear_dense(
     ctx: DeviceContext,
 ) raises:
     """`y = x w^T`, float32 sums rounded to bfloat16."""
-    var lists = list_tokens(tokens, ctx)
-    var rows = lists.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    var product = DownProduct(y, x, rows, 0, out_features)
-
-    def enqueue[width: Int, stages: Int]() raises {imm}:
-        launch_down_wgmma[width, stages](
-            product,
-            w,
-            rows.unsafe_offset(tokens),
-            1,
-            out_features,
-            in_features,
-            ctx,
-        )
-
-    var width = tile_tokens(tokens, out_features, ctx)
-    if width == 256:
-        enqueue[256, 4]()
-    elif width == 128:
-        enqueue[128, 6]()
-    else:
-        enqueue[64, 9]()
-    _ = (
-        lists^
-    )  # Kept until the kernels are in the queue; it is freed behind them.
+    _multiply(
+        LinearOutput(y, out_features),
+        x,
+        w,
+        w,
+        tokens,
+        in_features,
+        inf[DType.float32](),
+        ctx,
+    )
 
 
 def swiglu_dense(
@@ -108,27 +50,51 @@ def swiglu_dense(
     limit: Float32,
     ctx: DeviceContext,
 ) raises:
-    """`act = silu(gate x) * (up x)`."""
-    var lists = list_tokens(tokens, ctx)
-    var rows = lists.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    var product = GateUpProduct(act, x, rows, 1, intermediate_size, limit)
+    """`act = min(silu(gate x), limit) * clamp(up x, -limit, limit)`."""
+    _multiply(
+        SwigluOutput(act, intermediate_size, limit),
+        x,
+        gate,
+        up,
+        tokens,
+        hidden_size,
+        limit,
+        ctx,
+    )
 
-    def enqueue[width: Int, stages: Int]() raises {imm}:
-        launch_gate_up_wgmma[width, stages](
-            product,
-            gate,
-            up,
-            rows.unsafe_offset(tokens),
-            1,
-            hidden_size,
-            ctx,
+
+def _multiply[
+    D: DenseOutput
+](
+    output: D,
+    x: BFloats,
+    first: BFloats,
+    second: BFloats,
+    tokens: Int,
+    depth: Int,
+    limit: Float32,
+    ctx: DeviceContext,
+) raises:
+    """Enqueues the kernel that the plan names."""
+    var plan = plan_dense(
+        tokens,
+        ceildiv(output.features(), TILE_M // D.TENSORS),
+        ceildiv(depth, TILE_K),
+        ctx.default_device_info.sm_count,
+    )
+
+    def split[width: Int, stages: Int, blocks: Int]() raises {imm}:
+        launch_dense_split[D, width, stages, blocks](
+            output, x, first, second, tokens, depth, limit, plan.splits, ctx
         )
 
-    var width = tile_tokens(tokens, 2 * intermediate_size, ctx)
-    if width == 256:
-        enqueue[256, 4]()
-    elif width == 128:
-        enqueue[128, 6]()
+    if plan.width == 64:
+        split[64, 4, 2]()
+    elif plan.width == 128:
+        split[128, 3, 2]()
+    elif plan.splits > 1:
+        split[256, 4, 1]()
     else:
-        enqueue[64, 9]()
-    _ = lists^
+        launch_dense_wgmma[D, 256, 4](
+            output, x, first, second, tokens, depth, limit, ctx
+        )

@@ -1,0 +1,121 @@
+"""What the two dense products do with their sums: `y = x w^T`, and `silu(gate x) * (up x)`."""
+
+from std.math import exp, recip
+
+from .grouped_pairs_gpu import Pair
+from .grouped_ring_gpu import SharedTile
+from .grouped_tiles_gpu import TILE_M
+from .operands import Elements
+
+comptime Quad = SIMD[DType.float32, 4]
+"""A lane's sums of a warp's 16 weight rows with 8 tokens: rows lane / 4 and lane / 4 + 8, tokens 2 (lane % 4) + i."""
+
+
+trait DenseOutput(Deinitable, ImplicitlyCopyable):
+    """What distinguishes one dense product from another."""
+
+    comptime BOX_ROWS: Int
+    """Weight rows that one TMA copy brings."""
+
+    comptime TENSORS: Int
+    """Number of weight tensors, whose copies alternate."""
+
+    comptime MATRICES: Int
+    """8 x 8 matrices of results (rows, tokens) that a warp gets from its 16 weight rows and 8 tokens."""
+
+    @staticmethod
+    def of(
+        results: Elements[DType.bfloat16], features: Int, limit: Float32
+    ) -> Self:
+        """The product whose results `[T, features]` go there; `limit` bounds an activation.
+        """
+        ...
+
+    def results(self) -> Elements[DType.bfloat16]:
+        """`[T, features]`."""
+        ...
+
+    def features(self) -> Int:
+        ...
+
+    def matrix[index: Int](self, sums: Quad) -> Pair:
+        """A lane's part of one matrix."""
+        ...
+
+
+@fieldwise_init
+struct LinearOutput(DenseOutput, ImplicitlyCopyable):
+    """The sums themselves."""
+
+    comptime BOX_ROWS = TILE_M
+    comptime TENSORS = 1
+    comptime MATRICES = 2
+
+    var y: Elements[DType.bfloat16]
+    var out_features: Int
+
+    @always_inline
+    @staticmethod
+    def of(
+        results: Elements[DType.bfloat16], features: Int, limit: Float32
+    ) -> Self:
+        return Self(results, features)
+
+    @always_inline
+    def results(self) -> Elements[DType.bfloat16]:
+        return self.y
+
+    @always_inline
+    def features(self) -> Int:
+        return self.out_features
+
+    @always_inline
+    def matrix[index: Int](self, sums: Quad) -> Pair:
+        return Pair(
+            sums[2 * index].cast[DType.bfloat16](),
+            sums[2 * index + 1].cast[DType.bfloat16](),
+        )
+
+
+@fieldwise_init
+struct SwigluOutput(DenseOutput, ImplicitlyCopyable):
+    """Eight rows of `gate` alternate with eight of `up`, so that a lane holds both sums of an activation.
+    """
+
+    comptime BOX_ROWS = 8
+    comptime TENSORS = 2
+    comptime MATRICES = 1
+
+    var act: Elements[DType.bfloat16]
+    var intermediate_size: Int
+    var limit: Float32
+
+    @always_inline
+    @staticmethod
+    def of(
+        results: Elements[DType.bfloat16], features: Int, limit: Float32
+    ) -> Self:
+        return Self(results, features, limit)
+
+    @always_inline
+    def results(self) -> Elements[DType.bfloat16]:
+        return self.act
+
+    @always_inline
+    def features(self) -> Int:
+        return self.intermediate_size
+
+    @always_inline
+    def activation(self, gate: Float32, up: Float32) -> BFloat16:
+        # Comparisons, not min and max, which would drop a NaN.
+        var gated = gate * recip(1 + exp(-gate))
+        gated = self.limit if gated > self.limit else gated
+        var linear = self.limit if up > self.limit else up
+        linear = -self.limit if linear < -self.limit else linear
+        return (gated * linear).cast[DType.bfloat16]()
+
+    @always_inline
+    def matrix[index: Int](self, sums: Quad) -> Pair:
+        return Pair(
+            self.activation(sums[0], sums[2]), self.activation(sums[1], sums[3])
+        )

@@ -1,0 +1,255 @@
+"""The ring of shared-memory stages of a dense product: one warp brings both operands by TMA, two warp groups multiply.
+"""
+
+from layout import Coord, TileTensor, row_major
+from layout.tma_async import SharedMemBarrier, TMATensorTile
+from max.gpu import lane_id, thread_idx
+from max.gpu.compute.mma import (
+    WGMMADescriptor,
+    wgmma_async,
+    wgmma_commit_group_sync,
+    wgmma_fence_aligned,
+    wgmma_wait_group_sync,
+)
+from max.gpu.host.nvidia.tma import TensorMapSwizzle
+from max.gpu.memory import external_memory, fence_mbarrier_init
+from std.memory import unsafe_stack_allocation
+from std.utils.static_tuple import StaticTuple
+
+from .grouped_ring_gpu import Barriers, SharedTile
+from .grouped_tiles_gpu import TILE_K, TILE_M
+
+comptime BF16 = DType.bfloat16
+
+comptime SWIZZLE = TensorMapSwizzle.SWIZZLE_128B
+
+comptime MULTIPLIERS = 256
+"""Threads that multiply: two groups of 64 weight rows. The warp behind them loads."""
+
+comptime LOADER = MULTIPLIERS // 32
+"""Index of the warp that loads."""
+
+comptime THREADS = MULTIPLIERS + 32
+
+comptime BOX_TOKENS = 32
+"""Tokens that one TMA copy brings where a tile's number of tokens varies."""
+
+comptime Sums[N: Int] = StaticTuple[Float32, N // 2]
+"""A thread's part of 64 x `N` sums: element 4 j + i (+ 2) is that of column 8 j + 2 (lane % 4) + i, row lane / 4 (+ 8)
+of the warp's 16."""
+
+
+struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
+    """One thread's place in the ring. A stage holds `[TILE_M, TILE_K]` of weights and `[N, TILE_K]` of tokens, swizzled.
+
+    The `SHARERS` blocks of a cluster each bring an equal part of the tokens to all of them, so that a stage is free
+    when every one of them is done with it.
+    """
+
+    comptime BYTES = Self.STAGES * (TILE_M + Self.N) * TILE_K * 2
+    comptime TOKEN_ROWS = Self.N // Self.SHARERS
+    """Rows of tokens that one block brings."""
+
+    var base: SharedTile
+    var full: Barriers
+    var empty: Barriers
+    var stage: Int
+    var phase: UInt32
+
+    @always_inline
+    def __init__(out self):
+        """Every thread of the block must call it and then wait at a barrier of the block or the cluster.
+        """
+        self.base = external_memory[
+            BFloat16, address_space=AddressSpace.SHARED, alignment=1024
+        ]()
+        self.full = unsafe_stack_allocation[
+            Self.STAGES,
+            SharedMemBarrier,
+            alignment=8,
+            address_space=AddressSpace.SHARED,
+        ]()
+        self.empty = unsafe_stack_allocation[
+            Self.STAGES,
+            SharedMemBarrier,
+            alignment=8,
+            address_space=AddressSpace.SHARED,
+        ]()
+        self.stage = 0
+        self.phase = 0
+        if thread_idx.x == 0:
+            comptime for i in range(Self.STAGES):
+                self.full[unsafe_offset=i].init(1)
+                self.empty[unsafe_offset=i].init(
+                    Int32(Self.SHARERS * MULTIPLIERS // 32)
+                )
+            fence_mbarrier_init()
+
+    @always_inline
+    def step(mut self):
+        self.stage += 1
+        if self.stage == Self.STAGES:
+            self.stage = 0
+            self.phase ^= 1
+
+    @always_inline
+    def weights(self) -> SharedTile:
+        return self.base.unsafe_offset(self.stage * TILE_M * TILE_K)
+
+    @always_inline
+    def tokens(self) -> SharedTile:
+        return self.base.unsafe_offset(
+            (Self.STAGES * TILE_M + self.stage * Self.N) * TILE_K
+        )
+
+    @always_inline
+    def wait_full(self):
+        self.full[unsafe_offset=self.stage].wait(self.phase)
+
+    @always_inline
+    def wait_empty(self):
+        self.empty[unsafe_offset=self.stage].wait(self.phase ^ 1)
+
+    @always_inline
+    def release(self, stage: Int):
+        """A multiplying warp is done with a stage, in every block that wrote it.
+        """
+        comptime if Self.SHARERS == 1:
+            if lane_id() == 0:
+                _ = self.empty[unsafe_offset=stage].arrive()
+        else:
+            if Int(lane_id()) < Self.SHARERS:
+                self.empty[unsafe_offset=stage].arrive_cluster(
+                    UInt32(lane_id())
+                )
+
+    @always_inline
+    def expect(self, token_rows: Int):
+        """The loading warp announces a stage's weights and `token_rows` rows of tokens.
+        """
+        if lane_id() == 0:
+            self.full[unsafe_offset=self.stage].expect_bytes(
+                Int32((TILE_M + token_rows) * TILE_K * 2)
+            )
+
+    @always_inline
+    def load_weights[
+        BOX_ROWS: Int, TENSORS: Int, shape: Coord, desc: Coord
+    ](
+        self,
+        first: TMATensorTile[BF16, shape, desc],
+        second: TMATensorTile[BF16, shape, desc],
+        row: Int,
+        column: Int,
+    ):
+        """The loading warp starts the copies of weight rows: `BOX_ROWS` of the first tensor, of the second, ...
+
+        Args:
+            first: Weights `[M, K]`.
+            second: As `first`; the other tensor if `TENSORS` is 2.
+            row: First row in each tensor; rows behind the last become zero.
+            column: First column, likewise.
+        """
+        var lane = Int(lane_id())
+        if lane < TILE_M // BOX_ROWS:
+            var to = TileTensor(
+                self.weights().unsafe_offset(lane * BOX_ROWS * TILE_K),
+                row_major[BOX_ROWS, TILE_K](),
+            )
+            var at = (column, row + lane // TENSORS * BOX_ROWS)
+            if lane % TENSORS == 0:
+                first.async_copy(to, self.full[unsafe_offset=self.stage], at)
+            else:
+                second.async_copy(to, self.full[unsafe_offset=self.stage], at)
+
+    @always_inline
+    def load_tokens[
+        shape: Coord, desc: Coord
+    ](
+        self,
+        x: TMATensorTile[BF16, shape, desc],
+        rank: Int,
+        token: Int,
+        column: Int,
+    ):
+        """The loading warp starts the copy of this block's part of the tokens.
+
+        Args:
+            x: Tokens `[T, K]`.
+            rank: Which part.
+            token: First token of the tile; tokens behind the last become zero.
+            column: First column, likewise.
+        """
+        if lane_id() != 0:
+            return
+        var to = TileTensor(
+            self.tokens().unsafe_offset(rank * Self.TOKEN_ROWS * TILE_K),
+            row_major[Self.TOKEN_ROWS, TILE_K](),
+        )
+        var at = (column, token + rank * Self.TOKEN_ROWS)
+        comptime if Self.SHARERS == 1:
+            x.async_copy(to, self.full[unsafe_offset=self.stage], at)
+        else:
+            x.async_multicast_load(
+                to,
+                self.full[unsafe_offset=self.stage],
+                at,
+                UInt16((1 << Self.SHARERS) - 1),
+            )
+
+    @always_inline
+    def load_boxes[
+        shape: Coord, desc: Coord
+    ](
+        self,
+        x: TMATensorTile[BF16, shape, desc],
+        boxes: Int,
+        token: Int,
+        column: Int,
+    ):
+        """The loading warp starts the copies of some boxes of `BOX_TOKENS` tokens.
+        """
+        var lane = Int(lane_id())
+        if lane < boxes:
+            x.async_copy(
+                TileTensor(
+                    self.tokens().unsafe_offset(lane * BOX_TOKENS * TILE_K),
+                    row_major[BOX_TOKENS, TILE_K](),
+                ),
+                self.full[unsafe_offset=self.stage],
+                (column, token + lane * BOX_TOKENS),
+            )
+
+    @always_inline
+    def multiply[
+        COLUMNS: Int
+    ](mut self, group: Int, steps: Int) -> Sums[COLUMNS]:
+        """The product of 64 weight rows and the first `COLUMNS` tokens over the next `steps` stages, at least one.
+
+        One group of WGMMAs stays in flight, so that a stage is released a step late.
+        """
+        var sums = Sums[COLUMNS](fill=0)
+        var last = self.stage
+        for step in range(steps):
+            self.wait_full()
+            wgmma_fence_aligned()
+            comptime for i in range(TILE_K // 16):
+                # 8 rows of 128 bytes: 64 units of 16 bytes; a step along k is 32 bytes into the swizzled row.
+                var a = WGMMADescriptor.create[64, 1, SWIZZLE](
+                    self.weights().unsafe_offset(group * 64 * TILE_K + i * 16)
+                )
+                var b = WGMMADescriptor.create[64, 1, SWIZZLE](
+                    self.tokens().unsafe_offset(i * 16)
+                )
+                sums = wgmma_async[64, COLUMNS, 16, a_type=BF16, b_type=BF16](
+                    a, b, sums
+                )
+            wgmma_commit_group_sync()
+            wgmma_wait_group_sync[1]()
+            if step > 0:
+                self.release(last)
+            last = self.stage
+            self.step()
+        wgmma_wait_group_sync()
+        self.release(last)
+        return sums

@@ -1,0 +1,307 @@
+"""Dense products with few tiles: the blocks of a cluster share a tile's depth and add their sums in a fixed order."""
+
+from layout import Coord, TileTensor, row_major
+from layout.tma_async import TMATensorTile, create_tma_tile
+from max.gpu import (
+    MAX_THREADS_PER_BLOCK_METADATA,
+    barrier,
+    block_idx,
+    lane_id,
+    thread_idx,
+)
+from max.gpu.host import DeviceContext, Dim, FuncAttribute
+from max.gpu.primitives.cluster import (
+    cluster_arrive_relaxed,
+    cluster_sync,
+    cluster_wait,
+)
+from max.gpu.primitives.grid_controls import (
+    PDLLevel,
+    launch_dependent_grids,
+    pdl_launch_attributes,
+    wait_on_dependent_grids,
+)
+from std.math import ceildiv
+from std.sys._assembly import inlined_assembly
+from std.sys.intrinsics import _RegisterPackType
+from std.utils.static_tuple import StaticTuple
+
+from .dense_output_gpu import DenseOutput, Quad
+from .dense_plan_gpu import MAX_SPLITS
+from .dense_ring_gpu import (
+    BF16,
+    DenseRing,
+    LOADER,
+    MULTIPLIERS,
+    SWIZZLE,
+    Sums,
+    THREADS,
+)
+from .grouped_pairs_gpu import store_transposed
+from .grouped_ring_gpu import SharedTile
+from .grouped_tiles_gpu import TILE_K, TILE_M
+from .operands import Elements, elements
+from .tasks import share
+
+comptime QUAD_BYTES = MULTIPLIERS * 16
+"""Shared memory between one quad of a thread's sums and its next."""
+
+
+@always_inline
+def multipliers_barrier():
+    """A barrier of all threads that multiply."""
+    inlined_assembly["bar.sync 1, 256;", NoneType, constraints="~{memory}"]()
+
+
+@always_inline
+def peer_address(address: Int32, rank: Int) -> Int32:
+    """Where another block of the cluster has what lies at `address` here."""
+    return inlined_assembly[
+        "mapa.shared::cluster.u32 $0, $1, $2;",
+        Int32,
+        constraints="=r,r,r",
+        has_side_effect=False,
+    ](address, Int32(rank))
+
+
+@always_inline
+def load_peer(address: Int32) -> Quad:
+    """Reads the shared memory of any block of the cluster."""
+    var values = inlined_assembly[
+        "ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [$4];",
+        _RegisterPackType[Float32, Float32, Float32, Float32],
+        constraints="=f,=f,=f,=f,r,~{memory}",
+    ](address)
+    return Quad(values[0], values[1], values[2], values[3])
+
+
+@always_inline
+def load_share[
+    D: DenseOutput,
+    N: Int,
+    STAGES: Int,
+    w_shape: Coord,
+    w_desc: Coord,
+    x_shape: Coord,
+    x_desc: Coord,
+](
+    mut ring: DenseRing[N, STAGES, 1],
+    first: TMATensorTile[BF16, w_shape, w_desc],
+    second: TMATensorTile[BF16, w_shape, w_desc],
+    x: TMATensorTile[BF16, x_shape, x_desc],
+    row: Int,
+    token: Int,
+    begin: Int,
+    end: Int,
+):
+    """The loading warp's part: steps `begin` to `end` of a tile.
+
+    The weights do not depend on the preceding kernel, so that the first of them are on their way before it ends.
+    """
+    var ahead = min(begin + STAGES, end)
+    var tokens_ring = ring
+    for step in range(begin, ahead):
+        ring.expect(N)
+        ring.load_weights[D.BOX_ROWS, D.TENSORS](
+            first, second, row, step * TILE_K
+        )
+        ring.step()
+    wait_on_dependent_grids()
+    for step in range(begin, ahead):
+        tokens_ring.load_tokens(x, 0, token, step * TILE_K)
+        tokens_ring.step()
+    for step in range(ahead, end):
+        ring.wait_empty()
+        ring.expect(N)
+        ring.load_weights[D.BOX_ROWS, D.TENSORS](
+            first, second, row, step * TILE_K
+        )
+        ring.load_tokens(x, 0, token, step * TILE_K)
+        ring.step()
+
+
+@always_inline
+def store_share[
+    D: DenseOutput, N: Int, SPLITS: Int
+](output: D, base: SharedTile, rank: Int, row: Int, token: Int, tokens: Int,):
+    """Adds the sums of the cluster's blocks for a share of the tile's tokens, and stores the results.
+
+    Args:
+        output: The product.
+        base: Where the blocks' sums begin in shared memory.
+        rank: Index of the share.
+        row: First result of the warp.
+        token: First token of the tile.
+        tokens: Number of all tokens.
+    """
+    # So many reads are on their way at once.
+    comptime TOGETHER = MAX_SPLITS // SPLITS
+    comptime QUADS = N // 8 // SPLITS
+    comptime assert QUADS % TOGETHER == 0
+    var own = Int32(Int(own_quads(base)))
+    for begin in range(rank * QUADS, (rank + 1) * QUADS, TOGETHER):
+        var parts = StaticTuple[Quad, MAX_SPLITS]()
+        comptime for i in range(TOGETHER):
+            comptime for peer in range(SPLITS):
+                parts[i * SPLITS + peer] = load_peer(
+                    peer_address(own + Int32((begin + i) * QUAD_BYTES), peer)
+                )
+        comptime for i in range(TOGETHER):
+            var sums = parts[i * SPLITS]
+            comptime for peer in range(1, SPLITS):
+                sums += parts[i * SPLITS + peer]
+            var to_token = token + 8 * (begin + i) + Int(lane_id()) // 4
+            comptime for m in range(D.MATRICES):
+                var column = row + 8 * m
+                store_transposed(
+                    output.results().unsafe_offset(
+                        to_token * output.features() + column
+                    ),
+                    output.matrix[m](sums),
+                    to_token < tokens and column < output.features(),
+                )
+
+
+@__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
+@__llvm_arg_metadata(first, `nvvm.grid_constant`)
+@__llvm_arg_metadata(second, `nvvm.grid_constant`)
+@__llvm_arg_metadata(x, `nvvm.grid_constant`)
+def dense_split[
+    D: DenseOutput,
+    N: Int,
+    STAGES: Int,
+    BLOCKS: Int,
+    w_shape: Coord,
+    w_desc: Coord,
+    x_shape: Coord,
+    x_desc: Coord,
+](
+    results: Pointer[BFloat16, MutAnyOrigin],
+    first: TMATensorTile[BF16, w_shape, w_desc],
+    second: TMATensorTile[BF16, w_shape, w_desc],
+    x: TMATensorTile[BF16, x_shape, x_desc],
+    tokens: Int32,
+    features: Int32,
+    depth: Int32,
+    limit: Float32,
+    splits: Int32,
+):
+    """One tile of a dense product, `TILE_M / TENSORS` rows of every weight tensor and `N` tokens, by each cluster.
+
+    Every block adds the products over its share of the depth; then each adds all blocks' sums of its share of the
+    tokens, in the order of the blocks, and stores the results. `BLOCKS` fit on a multiprocessor.
+    """
+    comptime ROWS = TILE_M // D.TENSORS
+    var output = D.of(elements(results), Int(features), limit)
+    var ring = DenseRing[N, STAGES, 1]()
+    barrier()
+    var rank = Int(block_idx.x) % Int(splits)
+    var tile = Int(block_idx.x) // Int(splits)
+    var token_tiles = ceildiv(Int(tokens), N)
+    var row_tile = tile // token_tiles
+    var token = (tile - row_tile * token_tiles) * N
+    var begin, end = share(ceildiv(Int(depth), TILE_K), rank, Int(splits))
+    var warp = Int(thread_idx.x) // 32
+    if warp == LOADER:
+        load_share[D](
+            ring, first, second, x, row_tile * ROWS, token, begin, end
+        )
+        launch_dependent_grids()
+    else:
+        var sums = ring.multiply[N](warp // 4, end - begin)
+        # The other warps may still read the stages that the sums replace.
+        multipliers_barrier()
+        var to = own_quads(ring.base)
+        comptime for j in range(N // 8):
+            to.unsafe_offset(j * QUAD_BYTES // 4).unsafe_store[alignment=16](
+                Quad(
+                    sums[4 * j],
+                    sums[4 * j + 1],
+                    sums[4 * j + 2],
+                    sums[4 * j + 3],
+                )
+            )
+        wait_on_dependent_grids()
+        launch_dependent_grids()
+    cluster_sync()
+    if warp != LOADER:
+        var row = row_tile * ROWS + warp * 8 * D.MATRICES
+        comptime for all in [1, 2, 4, MAX_SPLITS]:
+            if Int(splits) == all:
+                store_share[D, N, all](
+                    output, ring.base, rank, row, token, Int(tokens)
+                )
+    # The other blocks may still read this one's sums.
+    cluster_arrive_relaxed()
+    cluster_wait()
+
+
+@always_inline
+def own_quads(
+    base: SharedTile,
+) -> Pointer[Float32, MutUntrackedOrigin, address_space=AddressSpace.SHARED]:
+    """Where this thread's first quad of sums lies."""
+    return base.unsafe_bitcast[Float32]().unsafe_offset(Int(thread_idx.x) * 4)
+
+
+def launch_dense_split[
+    D: DenseOutput, N: Int, STAGES: Int, BLOCKS: Int
+](
+    output: D,
+    x: Elements[BF16],
+    first: Elements[BF16],
+    second: Elements[BF16],
+    tokens: Int,
+    depth: Int,
+    limit: Float32,
+    splits: Int,
+    ctx: DeviceContext,
+) raises:
+    """Enqueues `dense_split` with clusters of `splits` blocks: 1, 2, 4 or 8, at most one for every `TILE_K` of depth.
+    """
+    comptime Ring = DenseRing[N, STAGES, 1]
+    comptime assert Ring.BYTES >= N // 8 * QUAD_BYTES
+    var first_tma = create_tma_tile[D.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
+        ctx, TileTensor(first, row_major(Coord(output.features(), depth)))
+    )
+    var second_tma = create_tma_tile[D.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
+        ctx, TileTensor(second, row_major(Coord(output.features(), depth)))
+    )
+    var x_tma = create_tma_tile[Ring.TOKEN_ROWS, TILE_K, swizzle_mode=SWIZZLE](
+        ctx, TileTensor(x, row_major(Coord(tokens, depth)))
+    )
+    comptime W = type_of(first_tma)
+    comptime X = type_of(x_tma)
+    comptime kernel = dense_split[
+        D,
+        N,
+        STAGES,
+        BLOCKS,
+        W.tile_shape,
+        W.desc_shape,
+        X.tile_shape,
+        X.desc_shape,
+    ]
+    var tiles = ceildiv(output.features(), TILE_M // D.TENSORS) * ceildiv(
+        tokens, N
+    )
+    ctx.enqueue_function[kernel](
+        output.results(),
+        first_tma,
+        second_tma,
+        x_tma,
+        Int32(tokens),
+        Int32(output.features()),
+        Int32(depth),
+        limit,
+        Int32(splits),
+        grid_dim=tiles * splits,
+        block_dim=THREADS,
+        cluster_dim=Dim(splits),
+        shared_mem_bytes=Ring.BYTES,
+        attributes=pdl_launch_attributes(PDLLevel.ON),
+        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+            UInt32(Ring.BYTES)
+        ),
+    )

@@ -1,0 +1,144 @@
+"""Stores of a warp group's sums: brought in order in shared memory, so that whole lines go to memory."""
+
+from max.gpu import lane_id, thread_idx
+from std.math import ceildiv
+from std.memory import bitcast
+from std.sys._assembly import inlined_assembly
+from std.utils.static_tuple import StaticTuple
+
+from .dense_output_gpu import DenseOutput, Quad
+from .dense_ring_gpu import Sums
+from .grouped_ring_gpu import SharedTile
+
+comptime STAGED_TOKENS = 64
+"""Tokens whose results a warp group brings in order at a time."""
+
+
+trait ResultRows(Deinitable, ImplicitlyCopyable):
+    """Where the results of a tile's tokens go."""
+
+    def row(self, token: Int) -> Int:
+        """Row of the tile's `token`; negative where there is none."""
+        ...
+
+
+@fieldwise_init
+struct TokenRange(ImplicitlyCopyable, ResultRows):
+    """Tokens `first` ... go to the rows of the same numbers, those from `end` on nowhere.
+    """
+
+    var first: Int
+    var end: Int
+
+    @always_inline
+    def row(self, token: Int) -> Int:
+        return self.first + token if self.first + token < self.end else -1
+
+
+def staging_bytes[D: DenseOutput]() -> Int:
+    """Shared memory for what both warp groups bring in order."""
+    return 2 * STAGED_TOKENS * D.MATRICES * 64
+
+
+@always_inline
+def staging_of[
+    D: DenseOutput
+](base: SharedTile, begin: Int, group: Int) -> SharedTile:
+    """A warp group's part of that memory, which begins `begin` bytes behind `base`.
+    """
+    return base.unsafe_offset(
+        begin // 2 + group * STAGED_TOKENS * D.MATRICES * 32
+    )
+
+
+@always_inline
+def store_tile[
+    D: DenseOutput, R: ResultRows, N: Int
+](
+    output: D,
+    rows: R,
+    sums: Sums[N],
+    staging: SharedTile,
+    group: Int,
+    row: Int,
+):
+    """A warp group stores its 64 weight rows' results, whole rows of them at a time.
+
+    Args:
+        output: The product.
+        rows: Where the tile's tokens go.
+        sums: The thread's sums.
+        staging: The group's room for `STAGED_TOKENS` tokens.
+        group: Index of the warp group, 0 or 1.
+        row: First result of the group.
+    """
+    comptime PIECES = 4 * D.MATRICES
+    comptime EACH = 4 // D.MATRICES
+    var thread = Int(thread_idx.x) % 128
+    var lane = Int(lane_id())
+    var index = lane // 8
+    var from_token = index // D.MATRICES * 8 + lane % 8
+    var from_piece = thread // 32 * D.MATRICES + index % D.MATRICES
+    comptime for begin in range(0, N, STAGED_TOKENS):
+        comptime COUNT = min(STAGED_TOKENS, N - begin)
+        group_barrier(group)
+        comptime for j in range(0, COUNT // 8, EACH):
+            var words = StaticTuple[UInt32, 4](fill=0)
+            comptime for m in range(4):
+                comptime octet = j + m // D.MATRICES
+                comptime if octet < COUNT // 8:
+                    comptime s = 4 * (begin // 8 + octet)
+                    words[m] = bitcast[DType.uint32, 1](
+                        output.matrix[m % D.MATRICES](
+                            Quad(sums[s], sums[s + 1], sums[s + 2], sums[s + 3])
+                        )
+                    )
+            store_matrices(
+                staging.unsafe_offset(
+                    piece_offset[PIECES](from_token + j * 8, from_piece)
+                ),
+                words,
+            )
+        group_barrier(group)
+        comptime for i in range(ceildiv(COUNT * PIECES, 128)):
+            var place = thread + i * 128
+            var t = place // PIECES
+            var piece = place % PIECES
+            var values = staging.unsafe_offset(
+                piece_offset[PIECES](t, piece)
+            ).unsafe_load[width=8, alignment=16]()
+            var to_row = rows.row(begin + t)
+            var to = row + piece * 8
+            if to_row >= 0 and to < output.features():
+                output.results().unsafe_offset(
+                    to_row * output.features() + to
+                ).unsafe_store[alignment=16](values)
+
+
+@always_inline
+def piece_offset[PIECES: Int](token: Int, piece: Int) -> Int:
+    """Where a piece of 16 bytes is staged: eight tokens' same pieces, and eight neighbouring pieces, hit all banks.
+    """
+    return (token * PIECES + (piece ^ (token * PIECES // 8 % PIECES))) * 8
+
+
+@always_inline
+def group_barrier(group: Int):
+    """A barrier of one warp group."""
+    inlined_assembly["bar.sync $0, 128;", NoneType, constraints="r,~{memory}"](
+        Int32(group + 1)
+    )
+
+
+@always_inline
+def store_matrices(to: SharedTile, words: StaticTuple[UInt32, 4]):
+    """A warp stores four 8 x 8 matrices by columns; lane `8 i + c` names the place of column `c` of matrix `i`.
+    """
+    inlined_assembly[
+        (
+            "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3,"
+            " $4};"
+        ),
+        NoneType,
+        constraints="r,r,r,r,r,~{memory}",
+    ](Int32(Int(to)), words[0], words[1], words[2], words[3])
