@@ -4,7 +4,12 @@ from max.gpu.host import DeviceContext
 
 from std.utils.static_tuple import StaticTuple
 
-from .dense_gpu import dense_fits, linear_dense, swiglu_dense
+from .dense_gpu import (
+    dense_fits,
+    linear_dense,
+    linear_dense_float32,
+    swiglu_dense,
+)
 from .down_gpu import down_fits, down_stream
 from .gate_up_gpu import gate_up_fits, gate_up_stream, swiglu_stream
 from .grouped_gpu import down_grouped, gate_up_grouped
@@ -17,7 +22,7 @@ comptime GROUPED_FROM_TOKENS = 12
 """From so many tokens on, the experts run as a grouped matrix product; below, their weights are streamed (on an H100).
 """
 
-comptime DENSE_FROM_TOKENS = 65
+comptime DENSE_FROM_TOKENS = 33
 """From so many tokens on, dense layers run through WGMMA; below, their weights are streamed (on an H100)."""
 
 comptime BF16 = DType.bfloat16
@@ -250,6 +255,24 @@ def linear_gpu[
         ):
             return linear_dense(
                 rebind[BFloats](y),
+                rebind[BFloats](x),
+                rebind[BFloats](w),
+                tokens,
+                in_features,
+                out_features,
+                ctx,
+            )
+    comptime if (
+        ctx.default_device_info.compute == 9.0
+        and x_dtype == BF16
+        and dtype == BF16
+        and y_dtype == DType.float32
+    ):
+        if tokens >= DENSE_FROM_TOKENS and dense_fits(
+            in_features, out_features
+        ):
+            return linear_dense_float32(
+                rebind[Floats](y),
                 rebind[BFloats](x),
                 rebind[BFloats](w),
                 tokens,

@@ -4,11 +4,17 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.utils.numerics import inf
 
-from .dense_output_gpu import DenseOutput, LinearOutput, SwigluOutput
-from .dense_plan_gpu import plan_dense
+from .dense_output_gpu import (
+    Float32Output,
+    LinearOutput,
+    PairedOutput,
+    SwigluOutput,
+)
+from .dense_plan_gpu import MAX_SPLITS, plan_dense
 from .dense_split_gpu import launch_dense_split
 from .dense_wgmma_gpu import launch_dense_wgmma
 from .grouped_tiles_gpu import TILE_K, TILE_M
+from .operands import Floats
 from .stream_gpu import BFloats
 
 
@@ -39,6 +45,46 @@ def linear_dense(
     )
 
 
+def linear_dense_float32(
+    y: Floats,
+    x: BFloats,
+    w: BFloats,
+    tokens: Int,
+    in_features: Int,
+    out_features: Int,
+    ctx: DeviceContext,
+) raises:
+    """`y = x w^T` in float32, for narrow matrices such as a router's."""
+    launch_dense_split[Float32Output, 64, 4, 2](
+        Float32Output(y, out_features),
+        x,
+        w,
+        w,
+        tokens,
+        in_features,
+        inf[DType.float32](),
+        float32_splits(
+            ceildiv(out_features, TILE_M) * ceildiv(tokens, 64),
+            ceildiv(in_features, TILE_K),
+            ctx.default_device_info.sm_count,
+        ),
+        ctx,
+    )
+
+
+def float32_splits(tiles: Int, steps: Int, multiprocessors: Int) -> Int:
+    """Blocks that share a tile's depth, a power of two: as many as occupy every multiprocessor twice.
+    """
+    var splits = 1
+    while (
+        splits < MAX_SPLITS
+        and 2 * splits <= steps
+        and 2 * splits * tiles <= 2 * multiprocessors
+    ):
+        splits *= 2
+    return splits
+
+
 def swiglu_dense(
     act: BFloats,
     x: BFloats,
@@ -64,7 +110,7 @@ def swiglu_dense(
 
 
 def _multiply[
-    D: DenseOutput
+    D: PairedOutput
 ](
     output: D,
     x: BFloats,

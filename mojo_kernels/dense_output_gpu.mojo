@@ -1,9 +1,9 @@
-"""What the two dense products do with their sums: `y = x w^T`, and `silu(gate x) * (up x)`."""
+"""What the dense products do with their sums: `y = x w^T` in bfloat16 or float32, and `silu(gate x) * (up x)`."""
 
+from max.gpu import lane_id
 from std.math import exp, recip
 
-from .grouped_pairs_gpu import Pair
-from .grouped_ring_gpu import SharedTile
+from .grouped_pairs_gpu import Pair, store_transposed
 from .grouped_tiles_gpu import TILE_M
 from .operands import Elements
 
@@ -13,6 +13,9 @@ comptime Quad = SIMD[DType.float32, 4]
 
 trait DenseOutput(Deinitable, ImplicitlyCopyable):
     """What distinguishes one dense product from another."""
+
+    comptime dtype: DType
+    """Type of the results."""
 
     comptime BOX_ROWS: Int
     """Weight rows that one TMA copy brings."""
@@ -25,18 +28,33 @@ trait DenseOutput(Deinitable, ImplicitlyCopyable):
 
     @staticmethod
     def of(
-        results: Elements[DType.bfloat16], features: Int, limit: Float32
+        results: Elements[Self.dtype], features: Int, limit: Float32
     ) -> Self:
         """The product whose results `[T, features]` go there; `limit` bounds an activation.
         """
         ...
 
-    def results(self) -> Elements[DType.bfloat16]:
+    def results(self) -> Elements[Self.dtype]:
         """`[T, features]`."""
         ...
 
     def features(self) -> Int:
         ...
+
+    def store(self, sums: Quad, row: Int, token: Int, tokens: Int):
+        """Stores what a warp's 16 weight rows give for 8 tokens.
+
+        Args:
+            sums: The lane's.
+            row: First result.
+            token: First of the 8 tokens.
+            tokens: Number of all tokens.
+        """
+        ...
+
+
+trait PairedOutput(DenseOutput):
+    """Results in bfloat16, by pairs of tokens."""
 
     def matrix[index: Int](self, sums: Quad) -> Pair:
         """A lane's part of one matrix."""
@@ -44,8 +62,10 @@ trait DenseOutput(Deinitable, ImplicitlyCopyable):
 
 
 @fieldwise_init
-struct LinearOutput(DenseOutput, ImplicitlyCopyable):
+struct LinearOutput(ImplicitlyCopyable, PairedOutput):
     """The sums themselves."""
+
+    comptime dtype = DType.bfloat16
 
     comptime BOX_ROWS = TILE_M
     comptime TENSORS = 1
@@ -76,11 +96,56 @@ struct LinearOutput(DenseOutput, ImplicitlyCopyable):
             sums[2 * index + 1].cast[DType.bfloat16](),
         )
 
+    @always_inline
+    def store(self, sums: Quad, row: Int, token: Int, tokens: Int):
+        store_pairs(self, sums, row, token, tokens)
+
 
 @fieldwise_init
-struct SwigluOutput(DenseOutput, ImplicitlyCopyable):
+struct Float32Output(DenseOutput, ImplicitlyCopyable):
+    """The sums themselves, as they are."""
+
+    comptime dtype = DType.float32
+
+    comptime BOX_ROWS = TILE_M
+    comptime TENSORS = 1
+    comptime MATRICES = 2
+
+    var y: Elements[DType.float32]
+    var out_features: Int
+
+    @always_inline
+    @staticmethod
+    def of(
+        results: Elements[DType.float32], features: Int, limit: Float32
+    ) -> Self:
+        return Self(results, features)
+
+    @always_inline
+    def results(self) -> Elements[DType.float32]:
+        return self.y
+
+    @always_inline
+    def features(self) -> Int:
+        return self.out_features
+
+    @always_inline
+    def store(self, sums: Quad, row: Int, token: Int, tokens: Int):
+        comptime for i in range(4):
+            var to_token = token + Int(lane_id()) % 4 * 2 + i % 2
+            var column = row + Int(lane_id()) // 4 + i // 2 * 8
+            if to_token < tokens and column < self.out_features:
+                self.y[
+                    unsafe_offset=to_token * self.out_features + column
+                ] = sums[i]
+
+
+@fieldwise_init
+struct SwigluOutput(ImplicitlyCopyable, PairedOutput):
     """Eight rows of `gate` alternate with eight of `up`, so that a lane holds both sums of an activation.
     """
+
+    comptime dtype = DType.bfloat16
 
     comptime BOX_ROWS = 8
     comptime TENSORS = 2
@@ -118,4 +183,25 @@ struct SwigluOutput(DenseOutput, ImplicitlyCopyable):
     def matrix[index: Int](self, sums: Quad) -> Pair:
         return Pair(
             self.activation(sums[0], sums[2]), self.activation(sums[1], sums[3])
+        )
+
+    @always_inline
+    def store(self, sums: Quad, row: Int, token: Int, tokens: Int):
+        store_pairs(self, sums, row, token, tokens)
+
+
+@always_inline
+def store_pairs[
+    D: PairedOutput
+](output: D, sums: Quad, row: Int, token: Int, tokens: Int):
+    """`DenseOutput.store` by pairs."""
+    var to_token = token + Int(lane_id()) // 4
+    comptime for m in range(D.MATRICES):
+        var column = row + 8 * m
+        store_transposed(
+            rebind[Elements[DType.bfloat16]](output.results()).unsafe_offset(
+                to_token * output.features() + column
+            ),
+            output.matrix[m](sums),
+            to_token < tokens and column < output.features(),
         )

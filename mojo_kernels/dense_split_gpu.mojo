@@ -150,16 +150,7 @@ def store_share[
             var sums = parts[i * SPLITS]
             comptime for peer in range(1, SPLITS):
                 sums += parts[i * SPLITS + peer]
-            var to_token = token + 8 * (begin + i) + Int(lane_id()) // 4
-            comptime for m in range(D.MATRICES):
-                var column = row + 8 * m
-                store_transposed(
-                    output.results().unsafe_offset(
-                        to_token * output.features() + column
-                    ),
-                    output.matrix[m](sums),
-                    to_token < tokens and column < output.features(),
-                )
+            output.store(sums, row, token + 8 * (begin + i), tokens)
 
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
@@ -177,7 +168,7 @@ def dense_split[
     x_shape: Coord,
     x_desc: Coord,
 ](
-    results: Pointer[BFloat16, MutAnyOrigin],
+    results: Pointer[Scalar[D.dtype], MutAnyOrigin],
     first: TMATensorTile[BF16, w_shape, w_desc],
     second: TMATensorTile[BF16, w_shape, w_desc],
     x: TMATensorTile[BF16, x_shape, x_desc],

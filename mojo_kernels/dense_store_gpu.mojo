@@ -6,9 +6,10 @@ from std.memory import bitcast
 from std.sys._assembly import inlined_assembly
 from std.utils.static_tuple import StaticTuple
 
-from .dense_output_gpu import DenseOutput, Quad
+from .dense_output_gpu import PairedOutput, Quad
 from .dense_ring_gpu import Sums
 from .grouped_ring_gpu import SharedTile
+from .operands import Elements
 
 comptime STAGED_TOKENS = 64
 """Tokens whose results a warp group brings in order at a time."""
@@ -35,14 +36,14 @@ struct TokenRange(ImplicitlyCopyable, ResultRows):
         return self.first + token if self.first + token < self.end else -1
 
 
-def staging_bytes[D: DenseOutput]() -> Int:
+def staging_bytes[D: PairedOutput]() -> Int:
     """Shared memory for what both warp groups bring in order."""
     return 2 * STAGED_TOKENS * D.MATRICES * 64
 
 
 @always_inline
 def staging_of[
-    D: DenseOutput
+    D: PairedOutput
 ](base: SharedTile, begin: Int, group: Int) -> SharedTile:
     """A warp group's part of that memory, which begins `begin` bytes behind `base`.
     """
@@ -53,7 +54,7 @@ def staging_of[
 
 @always_inline
 def store_tile[
-    D: DenseOutput, R: ResultRows, N: Int
+    D: PairedOutput, R: ResultRows, N: Int
 ](
     output: D,
     rows: R,
@@ -110,9 +111,13 @@ def store_tile[
             var to_row = rows.row(begin + t)
             var to = row + piece * 8
             if to_row >= 0 and to < output.features():
-                output.results().unsafe_offset(
-                    to_row * output.features() + to
-                ).unsafe_store[alignment=16](values)
+                rebind[Elements[DType.bfloat16]](
+                    output.results()
+                ).unsafe_offset(to_row * output.features() + to).unsafe_store[
+                    alignment=16
+                ](
+                    values
+                )
 
 
 @always_inline

@@ -14,7 +14,7 @@ from max.gpu.primitives.cluster import cluster_sync
 from std.math import ceildiv
 from std.utils.static_tuple import StaticTuple
 
-from .dense_output_gpu import DenseOutput
+from .dense_output_gpu import PairedOutput
 from .dense_ring_gpu import BF16, DenseRing, LOADER, SWIZZLE, THREADS
 from .dense_store_gpu import TokenRange, staging_bytes, staging_of, store_tile
 from .grouped_tiles_gpu import TILE_K, TILE_M
@@ -51,7 +51,7 @@ struct DenseTile(ImplicitlyCopyable):
 @__llvm_arg_metadata(second, `nvvm.grid_constant`)
 @__llvm_arg_metadata(x, `nvvm.grid_constant`)
 def dense_wgmma[
-    D: DenseOutput,
+    D: PairedOutput,
     N: Int,
     STAGES: Int,
     w_shape: Coord,
@@ -59,7 +59,7 @@ def dense_wgmma[
     x_shape: Coord,
     x_desc: Coord,
 ](
-    results: Pointer[BFloat16, MutAnyOrigin],
+    results: Pointer[Scalar[D.dtype], MutAnyOrigin],
     first: TMATensorTile[BF16, w_shape, w_desc],
     second: TMATensorTile[BF16, w_shape, w_desc],
     x: TMATensorTile[BF16, x_shape, x_desc],
@@ -119,7 +119,7 @@ def dense_wgmma[
 
 
 def launch_dense_wgmma[
-    D: DenseOutput, N: Int, STAGES: Int
+    D: PairedOutput, N: Int, STAGES: Int
 ](
     output: D,
     x: Elements[BF16],

@@ -4,13 +4,10 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.utils.numerics import inf
 
-from .dense_output_gpu import LinearOutput, SwigluOutput
 from .grouped_combine_gpu import launch_combine
 from .grouped_down_gpu import DownProduct, launch_down_wgmma
-from .grouped_gather_gpu import launch_gather
 from .grouped_gate_up_gpu import GateUpProduct, launch_gate_up_wgmma
 from .grouped_plain_gpu import launch_down_plain, launch_gate_up_plain
-from .grouped_rows_gpu import launch_grouped_rows
 from .grouped_tiles_gpu import TILE_M
 from .operands import Elements, Floats, Ids
 
@@ -24,12 +21,6 @@ comptime FEW_TOKENS = 768
 
 comptime MANY_TOKENS = 3072
 """From so many tokens on, tiles of 256 columns."""
-
-comptime GATHERED_FROM_TOKENS = 1 << 30
-"""From so many tokens on, gate and up get their tokens copied in the order of the experts before."""
-
-comptime GATHERED_BYTES = 512 * 1024 * 1024
-"""Most memory for those copies."""
 
 
 def gate_up_grouped(
@@ -69,23 +60,6 @@ def gate_up_grouped(
     var bound = limit if limit > 0 else inf[DType.float32]()
     comptime if ctx.default_device_info.compute == 9.0:
         if hidden_size % 8 == 0 and intermediate_size % 8 == 0:
-            if (
-                tokens >= GATHERED_FROM_TOKENS
-                and tokens * top_k * hidden_size * 2 <= GATHERED_BYTES
-            ):
-                return _gate_up_gathered(
-                    SwigluOutput(act, intermediate_size, bound),
-                    x,
-                    gate,
-                    up,
-                    rows,
-                    offsets,
-                    tokens,
-                    top_k,
-                    experts,
-                    hidden_size,
-                    ctx,
-                )
             var product = GateUpProduct(
                 act, x, rows, top_k, intermediate_size, bound
             )
@@ -116,52 +90,6 @@ def gate_up_grouped(
         bound,
         ctx,
     )
-
-
-def _gate_up_gathered(
-    output: SwigluOutput,
-    x: BFloats,
-    gate: BFloats,
-    up: BFloats,
-    rows: Ids,
-    offsets: Ids,
-    tokens: Int,
-    top_k: Int,
-    experts: Int,
-    hidden_size: Int,
-    ctx: DeviceContext,
-) raises:
-    """`gate_up_grouped` of tokens that are copied in the order of the experts first.
-    """
-    var assignments = tokens * top_k
-    var buffer = ctx.enqueue_create_buffer[DType.bfloat16](
-        assignments * hidden_size
-    )
-    var gathered = buffer.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    launch_gather(gathered, x, rows, assignments, top_k, hidden_size, ctx)
-
-    def enqueue[width: Int, stages: Int]() raises {imm}:
-        launch_grouped_rows[SwigluOutput, False, width, stages](
-            output,
-            gathered,
-            gate,
-            up,
-            rows,
-            offsets,
-            assignments,
-            experts,
-            output.intermediate_size,
-            0,
-            hidden_size,
-            output.limit,
-            ctx,
-        )
-
-    if tokens < MANY_TOKENS:
-        enqueue[128, 6]()
-    else:
-        enqueue[256, 4]()
-    _ = buffer^
 
 
 def down_grouped[
@@ -225,7 +153,6 @@ def down_grouped[
             down,
             offsets,
             tokens,
-            assignments,
             experts,
             hidden_size,
             intermediate_size,
@@ -250,7 +177,6 @@ def _down_parts(
     down: BFloats,
     offsets: Ids,
     tokens: Int,
-    assignments: Int,
     experts: Int,
     hidden_size: Int,
     intermediate_size: Int,
@@ -258,24 +184,6 @@ def _down_parts(
 ) raises:
     """The products of all assignments in some columns, `product.parts`."""
     comptime if ctx.default_device_info.compute == 9.0:
-
-        def rows[width: Int, stages: Int]() raises {imm}:
-            launch_grouped_rows[LinearOutput, True, width, stages](
-                LinearOutput(product.parts, product.end - product.begin),
-                product.act,
-                down,
-                down,
-                product.rows,
-                offsets,
-                assignments,
-                experts,
-                hidden_size,
-                product.begin,
-                intermediate_size,
-                inf[DType.float32](),
-                ctx,
-            )
-
         if intermediate_size % 8 == 0:
             if tokens <= FEW_TOKENS:
                 launch_down_wgmma[64, 9](
@@ -288,9 +196,25 @@ def _down_parts(
                     ctx,
                 )
             elif tokens < MANY_TOKENS:
-                rows[128, 6]()
+                launch_down_wgmma[128, 6](
+                    product,
+                    down,
+                    offsets,
+                    experts,
+                    hidden_size,
+                    intermediate_size,
+                    ctx,
+                )
             else:
-                rows[256, 4]()
+                launch_down_wgmma[256, 4](
+                    product,
+                    down,
+                    offsets,
+                    experts,
+                    hidden_size,
+                    intermediate_size,
+                    ctx,
+                )
             return
     launch_down_plain(
         product.parts,
