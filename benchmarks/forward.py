@@ -1,13 +1,15 @@
 """Times the forward passes of a checkpoint in MAX, one at a time: prefill by prompt length, decode by batch size.
 
     python benchmarks/forward.py MODEL [--devices cpu] [--batches 1,4,8] [--prefill 64,512] [--rounds 5] [--json FILE]
+                                 [--precompiled-mefs DIR]
 
 A pass is timed from outside, as `GenerateIterator.step()`: batching, graph and sampling. Prompts are random tokens, new
 ones each round; sampling is greedy and end-of-sequence tokens are ignored. All cases run once to warm up, then in turn
 once a round, a prefill timed once and every decode step by itself.
 
 Beside each time stand the bytes that the pass must read (`step3p5.byte_account`; routed experts as expected under
-uniform routing) and, on a CPU, their rate as a share of the best that a plain copy reaches after the rounds.
+uniform routing) and their rate as a share of a plain copy's: on a CPU the best one after the rounds, on a GPU the
+median of PyTorch's, where that is installed. On a GPU the overlap scheduler and captured graphs are on (`device.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 from arguments import OneLineParser, devices, positive_int, positive_ints
 from bandwidth import Bandwidth, measure_bandwidth, usable_cores
 from contention import CpuTimes, cores_taken
+from device import as_passes, device_copy_rate, max_settings, settle
 from forward_cases import Case, Precision, Result, evaluate, make_cases
 from max.pipelines.kv_cache import cache_dtype_for_encoding
 from max.pipelines.lib.auto_model import AutoModel
@@ -61,6 +64,7 @@ class Report:
     peak_memory_bytes_after_loading: int
     peak_memory_bytes: int
     bandwidth: Bandwidth | None
+    device_copy_rate: float | None
     results: list[Result]
 
     def text(self) -> str:
@@ -78,6 +82,7 @@ class Report:
                 else []
             ),
             *([self.bandwidth.line()] if self.bandwidth is not None else []),
+            *([f"the device copies at {1e-12 * self.device_copy_rate:.2f} TB/s"] if self.device_copy_rate else []),
             "",
             format_table(Result.HEADER, [result.row() for result in self.results]),
         ]
@@ -97,6 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     add("--context", metavar="N", type=positive_int, default=64, help="tokens before decoding (default: %(default)s)")
     add("--steps", metavar="N", type=positive_int, default=8, help="decode steps a round (default: %(default)s)")
     add("--rounds", metavar="N", type=positive_int, default=5, help="(default: %(default)s)")
+    add("--precompiled-mefs", metavar="DIR", help="artifacts compiled ahead, for a GPU")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
     options = parser.parse_args(arguments)
     if not Path(options.model).is_dir() and not _HUB_NAME.fullmatch(options.model):
@@ -115,14 +121,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     return options, model, cases
 
 
-def run_rounds(model: AutoModel, cases: Sequence[Case], rounds: int) -> None:
+def run_rounds(model: AutoModel, devices: str, cases: Sequence[Case], rounds: int) -> None:
     """Runs every case once to warm up and then once a round, whose times the cases keep."""
     rng = np.random.default_rng(0)
     for index in tqdm(range(rounds + 1), desc="warm-up and rounds", file=sys.stderr):
         for case in cases:
+            settle(devices)
             step_seconds = run_case(model, case, rng)
             if index > 0:
-                case.keep(step_seconds)
+                case.keep(as_passes(devices, step_seconds))
 
 
 def run_case(model: AutoModel, case: Case, rng: np.random.Generator) -> list[float]:
@@ -157,15 +164,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         custom_architectures=["pipelines_registry"],
         max_batch_size=max(options.batches),
         max_length=max(case.longest for case in cases),
+        **max_settings(options.devices, options.precompiled_mefs),
     ) as model:
         load_seconds, load_memory = time.perf_counter() - start, peak_memory_bytes()
         precision = precision_of(model)
         before = CpuTimes.now()
-        run_rounds(model, cases, options.rounds)
+        run_rounds(model, options.devices, cases, options.rounds)
         taken = cores_taken(before, CpuTimes.now())
         memory = peak_memory_bytes()
+        device_rate = None if options.devices == "cpu" else device_copy_rate()
     bandwidth = measure_bandwidth() if options.devices == "cpu" else None
-    copy_rate = bandwidth.copy.maximum if bandwidth else None
+    copy_rate = bandwidth.copy.maximum if bandwidth else device_rate
     report = Report(
         benchmark="forward",
         environment=environment,
@@ -180,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peak_memory_bytes_after_loading=load_memory,
         peak_memory_bytes=memory,
         bandwidth=bandwidth,
+        device_copy_rate=device_rate,
         results=[evaluate(case, config, precision, copy_rate) for case in cases],
     )
     print(report.text())
