@@ -1,0 +1,10 @@
+"""Parsers of the model's text, registered with MAX under `PARSER_NAME`: thinking, and tool calls.
+
+Importing the package registers both; `step3p5.arch` does so. MAX looks them up in the process of the API server.
+"""
+
+from .name import PARSER_NAME
+from .reasoning import Step3p5ReasoningParser
+from .tools import Step3p5ToolParser
+
+__all__ = ["PARSER_NAME", "Step3p5ReasoningParser", "Step3p5ToolParser"]
