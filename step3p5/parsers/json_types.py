@@ -91,7 +91,9 @@ def _accepted(schema: Schema, root: Schema, followed: frozenset[str]) -> frozens
 
 
 def _named(names: object) -> frozenset[JsonType]:
-    known = [_BY_NAME[name] for name in (names if _is_list(names) else [names]) if isinstance(name, str) and name in _BY_NAME]
+    known = [
+        _BY_NAME[name] for name in (names if _is_list(names) else [names]) if isinstance(name, str) and name in _BY_NAME
+    ]
     return frozenset().union(*known) if known else ANY_TYPE
 
 
