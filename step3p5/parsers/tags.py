@@ -38,7 +38,7 @@ _TAG = re.compile(
     + rf")(?P<name>[^<>\n]{{1,{_MAX_NAME}}})>"
 )
 _PARTIAL_NAME = re.compile(rf"[^<>\n]{{0,{_MAX_NAME}}}")
-_SPACE_OR_TEXT = re.compile(r"[ \t\r\n]+|[^ \t\r\n](?:.*[^ \t\r\n])?", re.DOTALL)
+_SPACE_OR_TEXT = re.compile(r"(?P<space>[ \t\r\n]+)|[^ \t\r\n](?:.*[^ \t\r\n])?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _tag(match: re.Match[str]) -> Lexeme:
 
 def _between(text: str) -> Iterator[Lexeme]:
     for match in _SPACE_OR_TEXT.finditer(text):
-        yield Lexeme(Kind.SPACE if match[0].isspace() else Kind.TEXT, match[0])
+        yield Lexeme(Kind.SPACE if match["space"] else Kind.TEXT, match[0])
 
 
 def _may_begin_tag(tail: str) -> bool:
