@@ -13,7 +13,9 @@ from max.pipelines.lib import PipelineConfig, TextTokenizer
 from max.pipelines.modeling.types import TextGenerationRequest
 from typing_extensions import override
 
+from .parsers import TAGS
 from .pretrained_config import as_step3p5_config
+from .structured_output import allow_on_cpu
 
 
 class Step3p5Tokenizer(TextTokenizer):
@@ -21,13 +23,22 @@ class Step3p5Tokenizer(TextTokenizer):
 
     Args:
         model_path: The checkpoint, whose tokenizer is loaded.
-        pipeline_config: The pipeline's configuration.
+        pipeline_config: The pipeline's configuration. On a CPU its `sampling.enable_structured_output` is set.
         options: As of `TextTokenizer`.
+
+    Attributes:
+        skipped_special_token_ids: The special tokens that responses do not show: all but the tags that parsers read.
     """
 
     def __init__(self, model_path: str, pipeline_config: PipelineConfig, **options: Any) -> None:
         super().__init__(model_path, pipeline_config, **options)
         self._vocab_size = as_step3p5_config(pipeline_config.model.huggingface_config).model_config.vocab_size
+        self.skipped_special_token_ids = {
+            token_id
+            for token_id, token in self.delegate.added_tokens_decoder.items()
+            if token.special and token.content not in TAGS
+        }
+        allow_on_cpu(pipeline_config)
 
     @override
     async def encode(

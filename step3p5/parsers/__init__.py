@@ -3,8 +3,8 @@
 Importing the package registers both; `step3p5.arch` does so. MAX looks them up in the process of the API server.
 """
 
-from .name import PARSER_NAME
+from .names import PARSER_NAME, TAGS
 from .reasoning import Step3p5ReasoningParser
 from .tools import Step3p5ToolParser
 
-__all__ = ["PARSER_NAME", "Step3p5ReasoningParser", "Step3p5ToolParser"]
+__all__ = ["PARSER_NAME", "TAGS", "Step3p5ReasoningParser", "Step3p5ToolParser"]

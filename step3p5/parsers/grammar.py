@@ -55,7 +55,6 @@ def _call(function: Mapping[str, Any], reject_unsupported: bool) -> Format:
         "type": "json_schema",
         "style": "qwen_xml",  # <parameter=KEY>VALUE</parameter>, white space around each
         "json_schema": function.get("parameters") or _NO_PARAMETERS,
-        "any_order": True,
         "max_whitespace_cnt": 1,  # the format's line feeds, and no endless run of them
         "reject_unsupported": reject_unsupported,
     }

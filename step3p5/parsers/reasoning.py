@@ -17,7 +17,7 @@ from max.pipelines.modeling.types import ParsedReasoningDelta, PipelineTokenizer
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from .name import PARSER_NAME
+from .names import PARSER_NAME
 
 _Item = TypeVar("_Item")
 

@@ -12,7 +12,7 @@ from .arguments import arguments_json
 from .calls import Call, CallReader
 from .grammar import tool_call_grammar
 from .json_types import Schema
-from .name import PARSER_NAME
+from .names import PARSER_NAME
 
 
 @register(PARSER_NAME)
