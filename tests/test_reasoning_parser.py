@@ -38,6 +38,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
+
+
 def separate(tokenizer: PreTrainedTokenizerFast, prompt: str, chunks: list[list[int]]) -> Separated:
     """What the server's loop over the chunks of one response makes of them."""
 
@@ -45,7 +51,7 @@ def separate(tokenizer: PreTrainedTokenizerFast, prompt: str, chunks: list[list[
         pipeline_tokenizer: Any = SimpleNamespace(delegate=tokenizer)
         parser = await Step3p5ReasoningParser.from_tokenizer(pipeline_tokenizer)
         parser.reset()
-        prompt_ids = np.array(tokenizer.encode(prompt, add_special_tokens=False))
+        prompt_ids: Any = np.array(tokenizer.encode(prompt, add_special_tokens=False))
         thinking = parser.will_reason_after_prompt(prompt_ids)
         thought = answer = ""
         thought_decoder, answer_decoder = (
@@ -109,8 +115,8 @@ def test_thought_and_answer_for_every_way_to_cut_the_stream(tokenizer: PreTraine
 
 
 def test_two_line_feeds_in_one_token_lose_one(tokenizer: PreTrainedTokenizerFast) -> None:
-    two = tokenizer.convert_tokens_to_ids("\n\n")
-    end = tokenizer.convert_tokens_to_ids("</think>")
+    two = token_id(tokenizer, "\n\n")
+    end = token_id(tokenizer, "</think>")
     parser = Step3p5ReasoningParser(tokenizer)
     parser.stream([end])
     span = parser.stream([two, two], is_currently_reasoning=False).span
@@ -120,7 +126,7 @@ def test_two_line_feeds_in_one_token_lose_one(tokenizer: PreTrainedTokenizerFast
 
 
 def test_a_response_begins_afresh_after_reset(tokenizer: PreTrainedTokenizerFast) -> None:
-    start = tokenizer.convert_tokens_to_ids("<think>")
+    start = token_id(tokenizer, "<think>")
     parser = Step3p5ReasoningParser(tokenizer)
     for _ in range(2):
         parser.reset()
@@ -164,4 +170,4 @@ def test_max_knows_the_parser_by_its_name(tokenizer: PreTrainedTokenizerFast) ->
 
     pipeline_tokenizer: Any = SimpleNamespace(delegate=tokenizer, encode=encode)
     end = asyncio.run(Step3p5ReasoningParser.reasoning_end_token_id(pipeline_tokenizer))
-    assert end == tokenizer.convert_tokens_to_ids("</think>")
+    assert end == token_id(tokenizer, "</think>")
