@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 START_UP = 600
@@ -50,18 +52,32 @@ ANSWER = {
 }
 FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": ANSWER}}}
 
-SEEDS_TO_THINK = 80
-"""A random model ends its thought properly once in about four times; the others end the response instead."""
+SEEDS = range(1, 60)
+"""MAX takes seed 0 for none."""
 
 
 @pytest.fixture(scope="module")
-def address(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server on `tiny`, with no flag about parsers."""
+def talker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny`, made to end its thoughts soon: in most states it is either certain of `</think>` or of anything else."""
+    folder = tmp_path_factory.mktemp("talker") / "talker"
+    shutil.copytree(tiny, folder)
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
+    tensors = load_file(file)
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    (think_end_id,) = (token["id"] for token in added if token["content"] == "</think>")
+    tensors["lm_head.weight"][think_end_id] *= 4
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server on `talker`, with no flag about parsers."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "max"), "serve", "--model", str(tiny), "--devices", "cpu"]
+    command = [str(Path(sys.executable).parent / "max"), "serve", "--model", str(talker), "--devices", "cpu"]
     command += ["--custom-architectures", f"{ROOT}:pipelines_registry", "--max-length", "1024"]
     command += ["--max-batch-size", "3", "--port", str(port)]
     with (folder / "log").open("w") as log:
@@ -128,14 +144,14 @@ def assert_weather(arguments: Any) -> None:
     assert isinstance(arguments["exact"], bool)
 
 
-def thinking_choice(address: str, **options: Any) -> Any:
-    """The first choice, over the seeds, whose thought ended and something followed."""
-    for seed in range(1, SEEDS_TO_THINK):
+def thinking_choice(address: str, **options: Any) -> tuple[int, Any]:
+    """The first seed with a thought that is not empty and that something follows, and what came of it."""
+    for seed in SEEDS:
         choice = chat(address, seed=seed, **options)
         message = choice["message"]
         if message["reasoning_content"] and (message["content"] or message["tool_calls"]):
-            return choice
-    raise AssertionError(f"no thought of {SEEDS_TO_THINK} ended")
+            return seed, choice
+    raise AssertionError(f"no thought ended: seeds {SEEDS}")
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -167,7 +183,7 @@ def test_a_named_function_is_called_once(address: str, seed: int) -> None:
 
 
 def test_a_forced_call_follows_the_thought(address: str) -> None:
-    choice = thinking_choice(address, tool_choice=NAMED, **TOOLS)
+    _, choice = thinking_choice(address, tool_choice=NAMED, **TOOLS)
     ((_, arguments),) = calls_of(choice)
     assert_weather(arguments)
     assert "<tool_call>\n<function=weather>" not in choice["message"]["reasoning_content"]
@@ -175,9 +191,10 @@ def test_a_forced_call_follows_the_thought(address: str) -> None:
 
 @pytest.mark.parametrize("tool_choice", ["auto", "none"])
 def test_other_choices_leave_the_model_alone(address: str, tool_choice: str) -> None:
-    choice = chat(address, tool_choice=tool_choice, seed=1, **TOOLS, **THINKING_OFF)
-    assert choice["message"]["content"]
-    assert not choice["message"]["tool_calls"]
+    options = {"max_tokens": 20, "ignore_eos": True}
+    message = chat(address, tool_choice=tool_choice, seed=1, **options, **TOOLS, **THINKING_OFF)["message"]
+    assert message["content"] or message["reasoning_content"]
+    assert not message["tool_calls"]
 
 
 def test_a_response_format_holds_without_thinking(address: str) -> None:
@@ -188,12 +205,16 @@ def test_a_response_format_holds_without_thinking(address: str) -> None:
 
 
 def test_a_response_format_holds_after_the_thought_only(address: str) -> None:
-    message = thinking_choice(address, **FORMAT)["message"]
+    seed, choice = thinking_choice(address, **FORMAT)
+    message = choice["message"]
     answer = json.loads(message["content"])
     assert answer["n"] in range(100)
     assert answer["unit"] in ("C", "F")
     with pytest.raises(json.JSONDecodeError):
         json.loads(message["reasoning_content"])
+    streamed = chat(address, seed=seed, stream=True, **FORMAT)["message"]
+    assert streamed["reasoning_content"] == message["reasoning_content"]
+    assert streamed["content"] == message["content"]
 
 
 def test_a_response_format_and_tools_leave_the_choice(address: str) -> None:
@@ -203,13 +224,6 @@ def test_a_response_format_and_tools_leave_the_choice(address: str) -> None:
             assert {name for name, _ in calls_of(choice)} <= {"weather", "now"}
         else:
             assert json.loads(choice["message"]["content"])["unit"] in ("C", "F")
-
-
-def test_a_thought_is_streamed_as_reasoning_content(address: str) -> None:
-    choice = chat(address, seed=2, max_tokens=12, stream=True, ignore_eos=True)
-    whole = chat(address, seed=2, max_tokens=12, ignore_eos=True)
-    assert choice["message"]["reasoning_content"] == whole["message"]["reasoning_content"]
-    assert choice["message"]["reasoning_content"]
 
 
 def test_a_call_and_its_result_continue_the_conversation(address: str) -> None:
