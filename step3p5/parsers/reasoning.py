@@ -60,8 +60,7 @@ class Step3p5ReasoningParser(ReasoningParser):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._start_id = self._tag_id(self.REASONING_START)
-        self._end_id = self._tag_id(self.REASONING_END)
+        self._start_id, self._end_id = think_token_ids(tokenizer)
         self._turn_start_id = _token_id(tokenizer, _TURN_START)
         self.reset()
 
@@ -108,15 +107,6 @@ class Step3p5ReasoningParser(ReasoningParser):
         self._after_end_tag = True
         return ParsedReasoningDelta(self._answer(delta_token_ids, thought, end + 1), False, self._format_thought)
 
-    def _tag_id(self, tag: str) -> int:
-        token_id = _token_id(self._tokenizer, tag)
-        if token_id is None:
-            raise ValueError(
-                f"the tokenizer has no token {tag}, which the reasoning parser {PARSER_NAME} goes by. Use the "
-                "checkpoint's own tokenizer, or --reasoning-parser none."
-            )
-        return token_id
-
     def _answer(self, token_ids: Sequence[int], thought: range, start: int) -> _Span:
         """The chunk whose answer begins at `start`, without the line feed that may follow `</think>`."""
         if not self._after_end_tag or start == len(token_ids):
@@ -159,6 +149,26 @@ class Step3p5ReasoningParser(ReasoningParser):
     async def reasoning_end_token_id(cls, tokenizer: PipelineTokenizer[Any, Any, Any]) -> int | None:
         """The id of `</think>`, after which a grammar applies to a response that begins in thought."""
         return await convert_token_to_id(tokenizer, cls.REASONING_END)
+
+
+def think_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """The ids of `<think>` and `</think>`.
+
+    Raises:
+        ValueError: The tokenizer's vocabulary lacks one.
+    """
+    parser = Step3p5ReasoningParser
+    return _tag_id(tokenizer, parser.REASONING_START), _tag_id(tokenizer, parser.REASONING_END)
+
+
+def _tag_id(tokenizer: PreTrainedTokenizerBase, tag: str) -> int:
+    token_id = _token_id(tokenizer, tag)
+    if token_id is None:
+        raise ValueError(
+            f"the tokenizer has no token {tag}, which the reasoning parser {PARSER_NAME} goes by. Use the "
+            "checkpoint's own tokenizer, or --reasoning-parser none."
+        )
+    return token_id
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
