@@ -11,6 +11,7 @@ from max.pipelines.modeling.types import PipelineTask
 from .batch_processor import Step3p5BatchProcessor
 from .model import Step3p5Model
 from .model_config import Step3p5Config
+from .parsers import PARSER_NAME
 from .tokenizer import Step3p5Tokenizer
 from .weight_adapters import convert_safetensor_state_dict
 
@@ -28,6 +29,9 @@ step3p5_arch = SupportedArchitecture(
     config=Step3p5Config,
     batching=Step3p5BatchProcessor,
     memory_planner=PagedMemoryPlanner,
+    reasoning_parser=PARSER_NAME,
+    tool_parser=PARSER_NAME,
+    required_arguments={"emit_reasoning_content": True},  # the field that this model's clients read
 )
 
 ARCHITECTURES = [step3p5_arch]

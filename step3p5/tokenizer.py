@@ -13,7 +13,9 @@ from max.pipelines.lib import PipelineConfig, TextTokenizer
 from max.pipelines.modeling.types import TextGenerationRequest
 from typing_extensions import override
 
+from .parsers import TAGS, think_token_ids
 from .pretrained_config import as_step3p5_config
+from .structured_output import allow_on_cpu
 
 
 class Step3p5Tokenizer(TextTokenizer):
@@ -21,13 +23,29 @@ class Step3p5Tokenizer(TextTokenizer):
 
     Args:
         model_path: The checkpoint, whose tokenizer is loaded.
-        pipeline_config: The pipeline's configuration.
+        pipeline_config: The pipeline's configuration. On a CPU its `sampling.enable_structured_output` is set.
         options: As of `TextTokenizer`.
+
+    Attributes:
+        skipped_special_token_ids: The special tokens that responses do not show: all but the tags that parsers read.
+        reasoning_start_token_id, reasoning_end_token_id: Of `<think>` and `</think>`, if a reasoning parser is in use;
+            MAX's overlapped pipeline then asks for them.
+
+    Raises:
+        ValueError: A reasoning parser is in use, and the vocabulary lacks a tag.
     """
 
     def __init__(self, model_path: str, pipeline_config: PipelineConfig, **options: Any) -> None:
         super().__init__(model_path, pipeline_config, **options)
         self._vocab_size = as_step3p5_config(pipeline_config.model.huggingface_config).model_config.vocab_size
+        self.skipped_special_token_ids = {
+            token_id
+            for token_id, token in self.delegate.added_tokens_decoder.items()
+            if token.special and token.content not in TAGS
+        }
+        if pipeline_config.runtime.reasoning_parser is not None:
+            self.reasoning_start_token_id, self.reasoning_end_token_id = think_token_ids(self.delegate)
+        allow_on_cpu(pipeline_config)
 
     @override
     async def encode(
@@ -51,7 +69,10 @@ class Step3p5Tokenizer(TextTokenizer):
         """
         if not request.prompt and not any(_says_something(message.flatten_content()) for message in request.messages):
             raise InputError("prompt: found nothing, expected at least one character or token. Give a prompt.")
-        return await super().new_context(request)
+        context = await super().new_context(request)
+        # A parser has to answer MAX with a string. Were the empty one left, the request would count as constrained.
+        context.grammar = context.grammar or None
+        return context
 
 
 def check_token_ids(token_ids: Sequence[int] | npt.NDArray[np.integer[Any]], vocab_size: int) -> None:

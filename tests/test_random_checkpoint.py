@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedConfig
 
@@ -285,71 +283,6 @@ def test_token_ids_of_the_configuration_are_the_tokenizers(preset: str, tmp_path
 def test_generation_config_repeats_the_token_ids(tiny: Path) -> None:
     config, generation = read_json(tiny / "config.json"), read_json(tiny / "generation_config.json")
     assert generation == {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
-USER: dict[str, Any] = {"role": "user", "content": "Hi"}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-
-
-def render(tokenizer: Any, messages: Sequence[object], **options: Any) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    return text.removeprefix("<|begin_of_sentence|>")
-
-
-def test_generation_prompt_opens_a_thought(tokenizer: Any) -> None:
-    expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    assert render(tokenizer, [USER], add_generation_prompt=True) == expected
-    assert render(tokenizer, [USER], add_generation_prompt=True, enable_thinking=True) == expected
-
-
-def test_enable_thinking_off_closes_the_thought(tokenizer: Any) -> None:
-    text = render(tokenizer, [USER], add_generation_prompt=True, enable_thinking=False)
-    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-
-
-def test_conversation_renders_roles_calls_and_results(tokenizer: Any) -> None:
-    call = {"function": {"name": "weather", "arguments": {"city": "Köln", "days": 2, "exact": True}}}
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "We"}, {"type": "text", "text": "ather?"}]},
-        {"role": "assistant", "reasoning_content": "Ask.", "content": "Wait.", "tool_calls": [call, call]},
-        {"role": "tool", "content": "rain"},
-        {"role": "tool", "content": "sun"},
-        {"role": "assistant", "content": "Mixed."},
-    ]
-    call_text = (
-        "<tool_call>\n<function=weather>\n<parameter=city>\nKöln\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
-        "<parameter=exact>\ntrue\n</parameter>\n</function>\n</tool_call>"
-    )
-    assert render(tokenizer, messages) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nWeather?<|im_end|>\n"
-        f"<|im_start|>assistant\n<think>\nAsk.\n</think>\nWait.\n{call_text}\n{call_text}<|im_end|>\n"
-        "<|im_start|>tool_response\n<tool_response>\nrain\n</tool_response>\n<tool_response>\nsun\n</tool_response><|im_end|>\n"
-        "<|im_start|>assistant\nMixed.<|im_end|>\n"
-    )
-
-
-@pytest.mark.parametrize("arguments", ["", '{"city": "Bonn"}'])
-def test_call_with_unparsed_arguments_keeps_their_text(tokenizer: Any, arguments: str) -> None:
-    call: dict[str, Any] = {"function": {"name": "weather", "arguments": arguments}}
-    answer: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
-    text = render(tokenizer, [USER, answer])
-    body = f"{arguments}\n" if arguments else ""
-    assert f"assistant\n<tool_call>\n<function=weather>\n{body}</function>\n</tool_call><|im_end|>" in text
-
-
-def test_tools_are_listed_with_and_without_a_system_message(tokenizer: Any) -> None:
-    system: dict[str, Any] = {"role": "system", "content": "Be brief."}
-    alone, beside = render(tokenizer, [USER], tools=[TOOL]), render(tokenizer, [system, USER], tools=[TOOL])
-    assert f"<tools>\n{json.dumps(TOOL)}\n</tools>" in alone
-    assert alone.startswith("<|im_start|>system\n# Tools\n")
-    assert beside == alone.replace("system\n#", "system\nBe brief.\n\n#", 1)
-
-
-def test_unknown_role_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(TemplateError, match="message role is critic"):
-        render(tokenizer, [{"role": "critic", "content": "no"}])
 
 
 def test_folder_in_use_is_refused_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

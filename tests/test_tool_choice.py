@@ -1,0 +1,236 @@
+"""`tool_choice`, `response_format` and thinking on a real server: grammars force a random model into form, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+START_UP = 600
+"""Seconds for a server to compile and start on a small machine."""
+
+THINKING_OFF = {"chat_template_kwargs": {"enable_thinking": False}}
+MESSAGES = [{"role": "user", "content": "Hi"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 8},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                "unit": {"$ref": "#/$defs/Unit"},
+                "exact": {"type": "boolean"},
+            },
+            "required": ["city", "days", "unit", "exact"],
+            "$defs": {"Unit": {"enum": ["C", "F"]}},
+        },
+    },
+}
+NOW = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+TOOLS = {"tools": [WEATHER, NOW]}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+ANSWER = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "unit": {"enum": ["C", "F"]}},
+    "required": ["n", "unit"],
+    "additionalProperties": False,
+}
+FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": ANSWER}}}
+
+SEEDS = range(1, 60)
+"""MAX takes seed 0 for none."""
+
+
+@pytest.fixture(scope="module")
+def talker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny`, made to end its thoughts soon: in most states it is either certain of `</think>` or of anything else."""
+    folder = tmp_path_factory.mktemp("talker") / "talker"
+    shutil.copytree(tiny, folder)
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
+    tensors = load_file(file)
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    (think_end_id,) = (token["id"] for token in added if token["content"] == "</think>")
+    tensors["lm_head.weight"][think_end_id] *= 4
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server on `talker`, with no flag about parsers."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "max"), "serve", "--model", str(talker), "--devices", "cpu"]
+    command += ["--custom-architectures", f"{ROOT}:pipelines_registry", "--max-length", "1024"]
+    command += ["--max-batch-size", "3", "--port", str(port)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=dict(os.environ))
+    found = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_UP
+        while not is_healthy(found):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.5)
+        yield found
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def is_healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def chat(address: str, **options: Any) -> Any:
+    """The only choice of a response, streamed ones put together."""
+    with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:
+        model = json.load(response)["data"][0]["id"]
+    body = {"model": model, "messages": MESSAGES, "max_tokens": 400, **options}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as response:
+        if not options.get("stream"):
+            return json.load(response)["choices"][0]
+        return put_together(line.decode().removeprefix("data: ") for line in response if line.startswith(b"data: {"))
+
+
+def put_together(chunks: Iterator[str]) -> Any:
+    message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
+    finish_reason = None
+    for chunk in chunks:
+        for choice in json.loads(chunk)["choices"]:
+            delta = choice["delta"]
+            finish_reason = choice.get("finish_reason") or finish_reason
+            for text in ("content", "reasoning_content"):
+                message[text] += delta.get(text) or ""
+            for call in delta.get("tool_calls") or []:
+                assert call["index"] == len(message["tool_calls"])
+                message["tool_calls"].append(call)
+    return {"message": message, "finish_reason": finish_reason}
+
+
+def calls_of(choice: Any) -> list[tuple[str, Any]]:
+    calls = [call["function"] for call in choice["message"]["tool_calls"] or []]
+    return [(call["name"], json.loads(call["arguments"])) for call in calls]
+
+
+def assert_weather(arguments: Any) -> None:
+    assert list(arguments) == ["city", "days", "unit", "exact"]
+    assert isinstance(arguments["city"], str)
+    assert arguments["days"] in range(1, 10)
+    assert arguments["unit"] in ("C", "F")
+    assert isinstance(arguments["exact"], bool)
+
+
+def thinking_choice(address: str, **options: Any) -> tuple[int, Any]:
+    """The first seed with a thought that is not empty and that something follows, and what came of it."""
+    for seed in SEEDS:
+        choice = chat(address, seed=seed, **options)
+        message = choice["message"]
+        if message["reasoning_content"] and (message["content"] or message["tool_calls"]):
+            return seed, choice
+    raise AssertionError(f"no thought ended: seeds {SEEDS}")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_required_forces_well_formed_calls(address: str, seed: int) -> None:
+    choice = chat(address, tool_choice="required", seed=seed, **TOOLS, **THINKING_OFF)
+    if choice["finish_reason"] == "length":  # more calls than there is room for: those that are complete count
+        choice["message"]["content"] = ""
+    calls = calls_of(choice)
+    assert calls
+    assert not choice["message"]["content"]
+    for name, arguments in calls:
+        if name == "weather":
+            assert_weather(arguments)
+        else:
+            assert (name, arguments) == ("now", {})
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_named_function_is_called_once(address: str, seed: int) -> None:
+    options: dict[str, Any] = {"tool_choice": NAMED, "seed": seed, **TOOLS, **THINKING_OFF}
+    whole, streamed = chat(address, **options), chat(address, stream=True, **options)
+    ((name, arguments),) = calls_of(whole)
+    assert name == "weather"
+    assert_weather(arguments)
+    assert calls_of(streamed) == calls_of(whole)
+    assert whole["finish_reason"] == streamed["finish_reason"] == "tool_calls"
+    assert not whole["message"]["content"]
+    assert not streamed["message"]["content"]
+
+
+def test_a_forced_call_follows_the_thought(address: str) -> None:
+    _, choice = thinking_choice(address, tool_choice=NAMED, **TOOLS)
+    ((_, arguments),) = calls_of(choice)
+    assert_weather(arguments)
+    assert "<tool_call>\n<function=weather>" not in choice["message"]["reasoning_content"]
+
+
+@pytest.mark.parametrize("tool_choice", ["auto", "none"])
+def test_other_choices_leave_the_model_alone(address: str, tool_choice: str) -> None:
+    options = {"max_tokens": 20, "ignore_eos": True}
+    message = chat(address, tool_choice=tool_choice, seed=1, **options, **TOOLS, **THINKING_OFF)["message"]
+    assert message["content"] or message["reasoning_content"]
+    assert not message["tool_calls"]
+
+
+def test_a_response_format_holds_without_thinking(address: str) -> None:
+    for seed in (1, 2):
+        answer = json.loads(chat(address, seed=seed, **FORMAT, **THINKING_OFF)["message"]["content"])
+        assert answer["n"] in range(100)
+        assert answer["unit"] in ("C", "F")
+
+
+def test_a_response_format_holds_after_the_thought_only(address: str) -> None:
+    seed, choice = thinking_choice(address, **FORMAT)
+    message = choice["message"]
+    answer = json.loads(message["content"])
+    assert answer["n"] in range(100)
+    assert answer["unit"] in ("C", "F")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(message["reasoning_content"])
+    streamed = chat(address, seed=seed, stream=True, **FORMAT)["message"]
+    assert streamed["reasoning_content"] == message["reasoning_content"]
+    assert streamed["content"] == message["content"]
+
+
+def test_a_response_format_and_tools_leave_the_choice(address: str) -> None:
+    for seed in (1, 2):
+        choice = chat(address, seed=seed, **TOOLS, **FORMAT, **THINKING_OFF)
+        if choice["message"]["tool_calls"]:
+            assert {name for name, _ in calls_of(choice)} <= {"weather", "now"}
+        else:
+            assert json.loads(choice["message"]["content"])["unit"] in ("C", "F")
+
+
+def test_a_call_and_its_result_continue_the_conversation(address: str) -> None:
+    call = chat(address, tool_choice=NAMED, seed=1, **TOOLS, **THINKING_OFF)["message"]["tool_calls"][0]
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "rain"},
+    ]
+    choice = chat(address, messages=[*MESSAGES, *turns], max_tokens=8, seed=1, **TOOLS, **THINKING_OFF)
+    assert choice["finish_reason"] in ("length", "stop")
