@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None, site_packages: Path | None = No
         else:
             print(f"on: wrote {enable(folder)}")
             print(f"{SHORT_NAME} stands for ${VARIABLE} if set, else {PUBLISHED}")
-    except PermissionError:
-        parser.error(f"{folder}: found no permission to write, expected an environment of yours. Use a venv.")
+    except OSError as error:
+        parser.error(f"{path}: found {error.strerror!r}, expected a folder of yours to write in. Use a venv.")
     return 0
 
 

@@ -22,56 +22,57 @@ def check_config_file(repo: Any, asked_for: bool) -> None:
         asked_for: Whether this package was asked for, so that a file that says nothing of its model is taken as its.
 
     Raises:
-        ConfigError: The file is no JSON object, lacks `model_type`, is another model's though the checkpoint was asked
-            for as `step3p5`, or is no valid configuration.
+        ConfigError: The file is missing or no JSON object, lacks `model_type` or `architectures`, is another model's
+            though the checkpoint was asked for as `step3p5`, or is no valid configuration.
     """
     path = _config_path(repo)
     if path is None:
         return
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
+    config = _json_object(path)
+    if isinstance(config, str):
         if asked_for:
-            _refuse_content(path, f"no JSON ({error})")
-        return
-    if not isinstance(config, dict):
-        if asked_for:
-            _refuse_content(path, f"a {type(config).__name__}")
+            fail(str(path), config, "a JSON object", "Download the file, or check --model.")
         return
     model_type, architectures = config.get("model_type"), config.get("architectures")
-    if model_type is None and (asked_for or _names(architectures)):
-        found = "null" if "model_type" in config else "no such field"
-        fail("model_type", found, repr(MODEL_TYPE), "Add the field to config.json.")
-    if model_type == MODEL_TYPE or _names(architectures):
-        if architectures is not None:
-            read_field("architectures", list_of(_string), architectures)
+    names_it = isinstance(architectures, str | list) and ARCHITECTURE in architectures
+    if not isinstance(model_type, str) and (asked_for or names_it):
+        fail("model_type", _found("model_type", config), repr(MODEL_TYPE), "Add it to config.json.")
+    if model_type == MODEL_TYPE or names_it:
+        if architectures is None or architectures == []:
+            fail("architectures", _found("architectures", config), f"[{ARCHITECTURE!r}]", "Add it to config.json.")
+        read_field("architectures", list_of(_string), architectures)
         parse_model_config(config)
     elif repo.repo_id in SHORT_NAMED:
         fail(f"model_type of {repo.repo_id}", shown(model_type), repr(MODEL_TYPE), "Correct STEP3P5_MODEL.")
 
 
+def _json_object(path: Path) -> dict[str, Any] | str:
+    """The content of the file, or what it is instead."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        return str(error.strerror).lower()
+    except ValueError as error:
+        return f"no JSON ({error})"
+    return content if isinstance(content, dict) else shown(content)
+
+
+def _found(name: str, config: dict[str, Any]) -> str:
+    return shown(config[name]) if name in config else "no such field"
+
+
 def _config_path(repo: Any) -> Path | None:
-    """Where the file lies on this machine; a hub's checkpoint has been fetched by the reading that failed."""
+    """Where the file lies on this machine; nowhere if a hub's has not been fetched by the reading that failed."""
     name = "config.json" if repo.subfolder is None else f"{repo.subfolder}/config.json"
     if repo.repo_type == "local":
-        path = Path(repo.local_path, name)
-        return path if path.is_file() else None
+        return Path(repo.local_path, name)
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo.repo_id, name, revision=repo.revision)
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _names(architectures: object) -> bool:
-    """Whether `architectures` names this package's, be it a list, as it should, or a string."""
-    return isinstance(architectures, str | list) and ARCHITECTURE in architectures
-
-
 def _string(value: object) -> str:
     if not isinstance(value, str):
         raise MismatchError("a string")
     return value
-
-
-def _refuse_content(path: Path, found: str) -> None:
-    fail(str(path), found, "a JSON object", "Download the file again, or check --model.")

@@ -6,14 +6,16 @@ transformers is imported here but by the wrappers, once MAX itself has been.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
-from step3p5.hook.short_name import SHORT_NAME, SHORT_NAMED, resolve
+from step3p5.hook.short_name import SHORT_NAME, resolve
+
+ASKED_FOR: set[str] = set()
+"""The checkpoints that this process was told to run with this package, by the short name or the flag."""
 
 REGISTRY = "pipelines_registry"
 """The module that `--custom-architectures` names for this package."""
@@ -33,6 +35,7 @@ def patch_pipeline_args(module: ModuleType) -> None:
     def import_first(cls: Any, **kwargs: Any) -> Any:
         if any(map(_names_this_package, kwargs.get("custom_architectures") or ())):
             _import_architectures(kwargs["custom_architectures"])
+            ASKED_FOR.add(kwargs.get("model_path") or "")
         elif kwargs.get("model_path") == SHORT_NAME and not kwargs.get("model"):
             # As a recipe's section, it gets to `__init__` unread and merged with the recipe given.
             kwargs["model"] = {"model_path": kwargs.pop("model_path")}
@@ -41,7 +44,10 @@ def patch_pipeline_args(module: ModuleType) -> None:
     @wraps(init)
     def take_short_name(self: Any, **data: Any) -> None:
         path = resolve(data.get("model_path"))
-        init(self, **(data if path is None else _with_defaults(data, path, module.PipelineRuntimeConfig)))
+        if path is not None:
+            ASKED_FOR.add(path)
+            data = _with_defaults(data, path, module.PipelineRuntimeConfig)
+        init(self, **data)
 
     args.from_flat_kwargs = import_first
     args.__init__ = take_short_name
@@ -67,13 +73,13 @@ def patch_hf_config(module: ModuleType) -> None:
     def load_or_explain(repo: Any) -> Any:
         from step3p5.hook.config_file import check_config_file
 
-        asked_for = "step3p5.arch" in sys.modules
+        asked_for = repo.repo_id in ASKED_FOR and repo.subfolder is None
         try:
             config = load(repo)
         except Exception:
             check_config_file(repo, asked_for)
             raise
-        if repo.repo_id in SHORT_NAMED or (asked_for and not config.model_type):
+        if asked_for:
             check_config_file(repo, asked_for)
         return config
 
