@@ -1,7 +1,7 @@
 """Turns the model name `step3p5` on and off for an environment: `python -m step3p5.enable [--undo | --status]`.
 
 MAX 26.7 has no place where a package could announce itself, so a `.pth` file in the environment's site-packages lets
-Python install an import hook when it starts. It acts in programs that import MAX, nowhere else. See `step3p5.hook`.
+Python install an import hook as it starts. It acts in programs that import MAX, nowhere else. See `step3p5.hook`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from step3p5.hook.short_name import PUBLISHED, SHORT_NAME, VARIABLE
 
 FILE_NAME = "step3p5.pth"
 
-START_UP_LINE = "try: import step3p5.hook.finder as step3p5_hook; step3p5_hook.install()\nexcept ImportError: pass"
+START_UP_LINE = "try: import step3p5.start_up; step3p5.start_up.install()\nexcept ImportError: pass"
 """What Python runs; without a word where the package is gone but the file was left."""
 
 

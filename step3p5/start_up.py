@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CHANGED_MODULES = frozenset(
     {"max.pipelines.lib.pipeline_args", "max.pipelines.lib._hf_config", "max.pipelines.lib.auto_model"}
 )
-"""Each has a function in `patches.PATCHES`."""
+"""Each has a function in `step3p5.hook.patches.PATCHES`."""
 
 
 class PatchingFinder:
@@ -35,7 +35,7 @@ class PatchingFinder:
 
         def execute_and_patch(module: ModuleType) -> None:
             execute(module)
-            from .patches import PATCHES
+            from step3p5.hook.patches import PATCHES
 
             PATCHES[name](module)
 
