@@ -135,7 +135,7 @@ def test_a_choice_that_is_no_checkpoint(
 
 ARGUMENTS = """
 import json, sys
-from max.pipelines.lib import PipelineArgs
+from max.pipelines.lib import PIPELINE_REGISTRY, PipelineArgs, PipelineConfig
 from max.pipelines.lib.auto_model import AutoTokenizer
 from max.pipelines.lib.pipeline_runtime_config import PipelineRuntimeConfig
 
@@ -155,6 +155,8 @@ answers["served as"] = shown(PipelineArgs.from_flat_kwargs(
 answers["recipe"] = shown(PipelineArgs.from_flat_kwargs(model_path="step3p5", config_file=recipe))
 answers["direct"] = shown(PipelineArgs(
     model_path="step3p5", runtime=PipelineRuntimeConfig(max_batch_size=5), **flags))
+config = PipelineConfig.from_args(PipelineArgs.from_flat_kwargs(model_path="step3p5", **flags))
+answers["runs"] = PIPELINE_REGISTRY.architecture_for_config(config).pipeline_model.__module__
 answers["tokenizer"] = AutoTokenizer("step3p5")(["hi"])["input_ids"] == AutoTokenizer(tiny)(["hi"])["input_ids"]
 print(json.dumps(answers))
 """
@@ -173,6 +175,7 @@ def test_the_python_interface(site: Path, elsewhere: Path, tiny: Path) -> None:
         "served as": [str(tiny), "mine", 512, ours, None, "cpu"],
         "recipe": [str(tiny), "step3p5", 7, ours, 4, "cpu"],
         "direct": [str(tiny), "step3p5", 512, ours, 5, "cpu"],
+        "runs": "step3p5.model",
         "tokenizer": True,
     }
 
