@@ -35,9 +35,9 @@ class PatchingFinder:
 
         def execute_and_patch(module: ModuleType) -> None:
             execute(module)
-            from step3p5.hook.patches import PATCHES
+            from step3p5.hook.patches import patch
 
-            PATCHES[name](module)
+            patch(module)
 
         spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]  # of this module's own loader
         return spec

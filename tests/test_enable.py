@@ -94,6 +94,25 @@ def test_a_start_up_file_whose_package_is_gone_says_nothing(site: Path) -> None:
     assert (done.stdout, done.stderr) == ("started\n", "")
 
 
+def test_another_max_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "max" / "pipelines" / "lib"
+    folder.mkdir(parents=True)
+    for name in ("pipeline_args", "_hf_config", "auto_model"):
+        (folder / f"{name}.py").write_text(f"import sys\nprint({name!r})\n")
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]
+import step3p5.start_up
+step3p5.start_up.install()
+from max.pipelines.lib import pipeline_args, _hf_config, auto_model
+"""
+    done = run([sys.executable, "-S", "-I", "-c", script], tmp_path, dict(os.environ))
+    assert done.stdout.split() == ["pipeline_args", "_hf_config", "auto_model"]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("--model step3p5 is not available: this is not the MAX that it was") for line in lines)
+
+
 def test_what_the_name_stands_for(elsewhere: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(elsewhere)
     assert resolve("step3p5") == PUBLISHED

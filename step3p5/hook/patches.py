@@ -6,6 +6,7 @@ transformers is imported here but by the wrappers, once MAX itself has been.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import PurePath
@@ -16,6 +17,8 @@ from step3p5.hook.short_name import SHORT_NAME, resolve
 
 ASKED_FOR: set[str] = set()
 """The checkpoints that this process was told to run with this package, by the short name or the flag."""
+
+logger = logging.getLogger("max.pipelines")
 
 REGISTRY = "pipelines_registry"
 """The module that `--custom-architectures` names for this package."""
@@ -91,6 +94,14 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "max.pipelines.lib.auto_model": patch_auto_model,
     "max.pipelines.lib._hf_config": patch_hf_config,
 }
+
+
+def patch(module: ModuleType) -> None:
+    """Changes one of the modules of `PATCHES`; says so and leaves it as it is where this MAX has it otherwise."""
+    try:
+        PATCHES[module.__name__](module)
+    except AttributeError as error:
+        logger.warning("--model %s is not available: this is not the MAX that it was made for (%s)", SHORT_NAME, error)
 
 
 def _with_defaults(data: dict[str, Any], path: str, runtime_config: type[Any]) -> dict[str, Any]:
