@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's own would import typing: every Python of an enabled environment reads this file
 if TYPE_CHECKING:
+    from typing import Any
+
     from .model import Step3p5Inputs, Step3p5Model
     from .model_config import Step3p5Config
     from .pretrained_config import Step3p5PretrainedConfig
@@ -23,4 +23,6 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

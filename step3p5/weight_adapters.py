@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from max.dtype import DType
@@ -16,6 +17,7 @@ from .checkpoint_files import StoredTensor, check_tensors, decoder_tensors, rena
 from .checkpoint_tensors import CheckpointDtype, TensorSpec, checkpoint_tensors
 from .model_config import Step3p5Config
 from .pretrained_config import as_step3p5_config
+from .progress import with_progress
 
 logger = logging.getLogger("max.pipelines")
 
@@ -51,14 +53,17 @@ def convert_safetensor_state_dict(
     casts = [name for name, data in decoder.items() if data.dtype != _graph_dtype(specs[name], run_dtype)]
     if casts:
         logger.info("Casting %d of %d tensors to run in %s.", len(casts), len(decoder), encoding)
-    return {
-        rename(name, GRAPH_PREFIXES): data.astype(_graph_dtype(specs[name], run_dtype))
-        for name, data in decoder.items()
-    }
+    for name in with_progress(casts, lambda name: _num_bytes(decoder[name]), f"Casting to {encoding}"):
+        decoder[name] = decoder[name].astype(_graph_dtype(specs[name], run_dtype))
+    return {rename(name, GRAPH_PREFIXES): data for name, data in decoder.items()}
 
 
 def _stored(data: WeightData) -> StoredTensor:
     return StoredTensor(tuple(int(dim) for dim in data.shape), data.dtype.name)
+
+
+def _num_bytes(data: WeightData) -> int:
+    return math.prod(_stored(data).shape) * data.dtype.size_in_bytes
 
 
 def _graph_dtype(spec: TensorSpec, run_dtype: CheckpointDtype) -> DType:

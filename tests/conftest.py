@@ -34,6 +34,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", seed=SEED)
 
 
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A folder of links to the files of `tiny`, any of which may be replaced."""
+    for path in tiny.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def tiny_reference(tiny: Path) -> Reference:
     """`tiny` in float64."""

@@ -21,12 +21,16 @@ SECONDS = 60
 
 
 class FreshProcesses:
-    """Forks a process for each loading; a context manager."""
+    """Forks a process for each loading; a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        start_up: What Python runs before all else, as in an environment that is enabled.
+    """
+
+    def __init__(self, start_up: str = "") -> None:
         # Importing MAX changes the process's environment behind Python's back: hand children Python's view of it.
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, start_up],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -43,7 +47,7 @@ class FreshProcesses:
     ) -> None:
         self._server.communicate()
 
-    def last_line_of_loading(self, folder: Path, **options: object) -> str:
+    def last_line_of_loading(self, folder: Path | str, **options: object) -> str:
         """The last line that Python prints of the exception that ends `AutoModel(folder, **options)` on a CPU."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -56,6 +60,8 @@ class FreshProcesses:
 
 def serve() -> None:
     """Answers requests, a JSON line each, on the original standard output."""
+    sys.path.append(str(ROOT))
+    exec(sys.argv[1])
     import max.pipelines.lib.auto_model  # noqa: F401  # forks need not import it again
 
     answers = os.dup(sys.stdout.fileno())

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faulty import ADD, CONFIG_ERROR, CORRECT, PER_LAYER, change_config, replace
 from fresh_process import FreshProcesses
 from harness import FIRST_TEXT_TOKEN, Runner
 from max.driver import Buffer
@@ -35,14 +36,7 @@ from step3p5.weight_adapters import convert_safetensor_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX = str(Path(sys.executable).parent / "max")
-CONFIG_ERROR = "step3p5.config_fields.ConfigError: "
 CHECKPOINT_ERROR = "step3p5.checkpoint_files.CheckpointError: "
-CORRECT = "Correct the field in config.json."
-ADD = "Add the field to config.json."
-PER_LAYER = (
-    "expected 9, one for each of num_hidden_layers + num_nextn_predict_layers. Complete the list (or lower "
-    "num_nextn_predict_layers, if the checkpoint has no MTP layers)."
-)
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +44,6 @@ def fresh() -> Iterator[FreshProcesses]:
     """Processes that load a model."""
     with FreshProcesses() as processes:
         yield processes
-
-
-@pytest.fixture
-def copy(tiny: Path, tmp_path: Path) -> Path:
-    """A folder of links to the files of `tiny`, any of which may be replaced."""
-    for path in tiny.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
-
-
-def replace(path: Path, content: bytes) -> None:
-    path.unlink()
-    path.write_bytes(content)
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    """Replaces fields of `config.json`; `...` removes one."""
-    config = json.loads((folder / "config.json").read_bytes()) | changes
-    config = {name: value for name, value in config.items() if value is not ...}
-    replace(folder / "config.json", json.dumps(config).encode())
 
 
 def shard_of(folder: Path, tensor: str) -> Path:
@@ -142,28 +116,6 @@ def test_configuration(fresh: FreshProcesses, copy: Path, fault: str) -> None:
     changes, message = CONFIG_FAULTS[fault]
     change_config(copy, **changes)
     assert fresh.last_line_of_loading(copy) == CONFIG_ERROR + message
-
-
-EARLY_FAULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "short layer_types": (dict(layer_types=["full_attention"] * 4), ["`num_hidden_layers` (6)", "`layer_types` (4)"]),
-    "unknown layer type": (
-        dict(layer_types=["full_attention"] * 5 + ["linear"] * 4),
-        ["`layer_types` entries must be in", "'sliding_attention'", "but got", "'linear'"],
-    ),
-    "mistyped architectures": (
-        dict(architectures="Step3p5ForCausalLM"),
-        ["'architectures'", "expected a list, got str", "'Step3p5ForCausalLM'"],
-    ),
-}
-"""MAX reads `config.json` with a class of its own before it imports this package: transformers has the say on these."""
-
-
-@pytest.mark.parametrize("fault", EARLY_FAULTS)
-def test_configuration_that_transformers_refuses(fresh: FreshProcesses, copy: Path, fault: str) -> None:
-    changes, fragments = EARLY_FAULTS[fault]
-    change_config(copy, **changes)
-    line = fresh.last_line_of_loading(copy)
-    assert all(fragment in line for fragment in fragments), line
 
 
 TENSOR = "model.layers.4.self_attn.q_proj.weight"
