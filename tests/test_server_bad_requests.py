@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from max.serve.schemas.openai import CreateChatCompletionRequest, CreateCompletionRequest
 from server import MAX_LENGTH, Server
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -73,6 +74,14 @@ BAD_BODIES: list[tuple[bytes, str]] = [
     (b'{"seed": ' + b"9" * 5000 + b"}", "request body: found no valid JSON"),
 ]
 
+FIELDS = {
+    COMPLETION: sorted(CreateCompletionRequest.model_fields),
+    CHAT: sorted(CreateChatCompletionRequest.model_fields),
+}
+
+ODD_VALUES: list[Any] = [None, True, -1, 0, 1, 2, 7, 2**31, 2**63 - 1, 1e308, 0.3, "", "x", "\ud83d", [], ["x"], [0]]
+ODD_VALUES += [[[1, 2]], {}, {"type": "function"}, {"type": "json_object"}, [TOOL], ["\x00"], {"a": {"b": []}}]
+
 
 def body(server: Server, path: str, **fields: Any) -> bytes:
     """A short greedy request with `fields` over its own."""
@@ -124,40 +133,12 @@ def test_bad_requests_disturb_no_other_client(server: Server) -> None:
 
 
 def test_no_mixture_of_odd_values_ends_the_server(server: Server, rng: np.random.Generator) -> None:
-    odd: list[Any] = [
-        None,
-        True,
-        -1,
-        0,
-        1,
-        2,
-        7,
-        2**31,
-        2**63 - 1,
-        1e308,
-        0.3,
-        "",
-        "x",
-        "\ud83d",
-        [],
-        ["x"],
-        [0],
-        [[1, 2]],
-        {},
-    ]
-    odd += [{"type": "function"}, {"type": "json_object"}, [TOOL], ["\x00"], {"a": {"b": []}}]
-    names = (
-        "model prompt messages max_tokens min_tokens temperature top_p top_k min_p seed stop stream stream_options n"
-    )
-    names += " logprobs top_logprobs echo logit_bias frequency_penalty presence_penalty repetition_penalty ignore_eos"
-    names += " stop_token_ids return_token_ids tools tool_choice response_format user cache_salt reasoning_effort"
-    names += " chat_template_kwargs prompt_tokens thinking_temperature reasoning reasoning_split"
-    answered = 0
     with httpx.Client(base_url=server.address, timeout=120) as client:
+        answered = 0
         for _ in range(300):
             path = (COMPLETION, CHAT)[rng.integers(2)]
-            chosen = rng.choice(names.split(), size=rng.integers(1, 4), replace=False)
-            fields = {str(name): odd[rng.integers(len(odd))] for name in chosen}
+            chosen = rng.choice(FIELDS[path], size=rng.integers(1, 4), replace=False)
+            fields = {str(name): ODD_VALUES[rng.integers(len(ODD_VALUES))] for name in chosen}
             answer = client.post(path, content=body(server, path, **fields))
             assert answer.status_code < 500, (fields, answer.text)
             answered += answer.status_code == 200
