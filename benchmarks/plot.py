@@ -45,9 +45,8 @@ def draw_forward(result: Result, figure: Figure) -> None:
         above = [1e3 * (seconds["upper_quartile"] - seconds["median"]) for seconds in spread]
         axis.errorbar(sizes, median, yerr=[below, above], marker="o", capsize=3)
         for size, time, row in zip(sizes, median, rows, strict=True):
-            axis.annotate(
-                f"{row['tokens_per_second']:.0f} tokens/s", (size, time), xytext=(4, 6), textcoords="offset points"
-            )
+            rate = f"{row['tokens_per_second']:.0f} tokens/s"
+            axis.annotate(rate, (size, time), xytext=(0, 12), textcoords="offset points", ha="center")
         _label(axis, label, "ms a forward pass")
         axis.margins(0.25)
         axis.set_ylim(bottom=0)

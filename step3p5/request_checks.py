@@ -85,13 +85,16 @@ NOT_SUPPORTED: Mapping[Endpoint, Mapping[str, Sequence[object]]] = {
 """Fields that MAX accepts and ignores, with the values (besides null) for which that changes nothing."""
 
 
-def check_request(body: bytes, endpoint: Endpoint, models: Sequence[str]) -> None:
+def check_request(body: bytes, endpoint: Endpoint, models: Sequence[str]) -> dict[str, Any]:
     """Refuses a request that would be answered wrongly, or with an error that does not say what is wrong.
 
     Args:
         body: The request's body as it was sent.
         endpoint: Where it was sent.
         models: Names under which the model is served.
+
+    Returns:
+        The request's fields.
 
     Raises:
         RequestError: It cannot be answered.
@@ -111,6 +114,7 @@ def check_request(body: bytes, endpoint: Endpoint, models: Sequence[str]) -> Non
         _check_prompt(request)
     else:
         _check_tool_choice(request)
+    return request
 
 
 def _read_object(body: bytes) -> dict[str, Any]:

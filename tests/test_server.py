@@ -40,6 +40,12 @@ def ask_chat(client: OpenAI, model: str, **options: Any) -> Any:
     )
 
 
+def text_of(answer: Any) -> str:
+    """The text of the first choice."""
+    choice = answer.choices[0]
+    return str(choice.message.content if hasattr(choice, "message") else choice.text)
+
+
 def test_a_completion_is_what_the_reference_chooses_with_its_log_probabilities(
     client: OpenAI, server: Server, tiny_reference: Reference, rng: np.random.Generator
 ) -> None:
@@ -122,23 +128,24 @@ def test_several_prompts_are_answered_in_their_order(client: OpenAI, server: Ser
 def test_a_seed_gives_the_same_text_again_and_another_seed_another(client: OpenAI, server: Server) -> None:
     for create in (ask, ask_chat):
         tokens = [
-            create(client, server.model, temperature=1, max_tokens=24, seed=seed).choices[0].token_ids
-            for seed in (1, 1, 2**40 + 3, -5, openai.omit, openai.omit)
+            create(client, server.model, temperature=1, max_tokens=12, seed=seed).choices[0].token_ids
+            for seed in (0, 0, 1, 1, 2**40 + 3, -5, openai.omit, openai.omit)
         ]
         assert tokens[0] == tokens[1]
-        assert len(set(map(tuple, tokens))) == 5
+        assert tokens[2] == tokens[3]
+        assert len(set(map(tuple, tokens))) == 6
 
 
 def test_text_ends_at_an_end_token_unless_told_to_go_on(client: OpenAI, server: Server) -> None:
-    for seed in range(1, 60):
-        options = {"temperature": 2, "seed": seed, "max_tokens": 100}
+    for seed in range(1, 100):
+        options = {"temperature": 2, "seed": seed, "max_tokens": 60}
         stopped = ask(client, server.model, **options, extra_body={"ignore_eos": False})
         if stopped.choices[0].finish_reason == "stop":
             break
     assert stopped.choices[0].finish_reason == "stop"
-    assert stopped.usage.completion_tokens < 100
+    assert stopped.usage.completion_tokens < 60
     ignored = ask(client, server.model, **options)
-    assert (ignored.choices[0].finish_reason, ignored.usage.completion_tokens) == ("length", 100)
+    assert (ignored.choices[0].finish_reason, ignored.usage.completion_tokens) == ("length", 60)
     count = stopped.usage.completion_tokens
     assert ignored.choices[0].token_ids[:count] == stopped.choices[0].token_ids
 
@@ -149,6 +156,20 @@ def test_a_stop_token_ends_the_text(client: OpenAI, server: Server) -> None:
     stopped = ask(client, server.model, extra_body=own).choices[0]
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == tokens[: tokens.index(tokens[4]) + 1]
+
+
+def test_a_stop_string_ends_the_text_and_is_not_in_it(client: OpenAI, server: Server) -> None:
+    for create in (ask, ask_chat):
+        text = text_of(create(client, server.model, max_tokens=24))
+        stop = text[7:10]  # over the border of two tokens, most of which are one or two letters
+        want = text[: text.index(stop)]
+        for stops in (stop, ["nowhere to be found", stop]):
+            whole = create(client, server.model, max_tokens=24, stop=stops)
+            assert (text_of(whole), whole.choices[0].finish_reason) == (want, "stop")
+            assert whole.usage.completion_tokens < 24
+            chunks = [c.choices[0] for c in create(client, server.model, max_tokens=24, stop=stops, stream=True)]
+            streamed = [c.text if create is ask else c.delta.content or "" for c in chunks]
+            assert ("".join(streamed), chunks[-1].finish_reason) == (want, "stop")
 
 
 def test_health_metrics_and_the_models_name_answer(client: OpenAI, server: Server) -> None:
