@@ -1,15 +1,15 @@
 """Puts this package's handlers of `/v1/completions` and `/v1/chat/completions` before MAX's own.
 
 MAX's API server mounts the routers of its table `ROUTES` in order, and the first that knows a path answers it. This
-module's router is added at the front. It checks a request, hands it to MAX's handler, and takes stop strings out of the
-answer, where MAX leaves them.
+module's router is added at the front. It checks a request, hands it to MAX's handler, once for each of `n` choices, and
+takes stop strings out of the answer, where MAX leaves them.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
@@ -21,10 +21,11 @@ from sse_starlette.sse import EventSourceResponse
 from typing_extensions import override
 
 from .request_checks import MAX_SEED, Endpoint, RequestError, check_request
+from .several_choices import gather_answers
 from .stop_strings import before_stop, without_stops
 from .tokenizer import Step3p5Tokenizer
 
-HANDLERS = {
+HANDLERS: Mapping[Endpoint, Callable[[Request], Awaitable[Any]]] = {
     Endpoint.COMPLETION: openai_create_completion,
     Endpoint.CHAT: openai_create_chat_completion,
 }
@@ -34,11 +35,12 @@ router = APIRouter()
 
 
 class RewrittenRequest(Request):
-    """A request with another body."""
+    """The request for choice `number`, with other fields and an id of its own."""
 
-    def __init__(self, request: Request, body: bytes) -> None:
-        super().__init__(request.scope, request.receive)
-        self._rewritten = body
+    def __init__(self, request: Request, fields: Mapping[str, Any], number: int) -> None:
+        state = {**request.scope["state"], "request_id": f"{request.state.request_id}-{number}"}
+        super().__init__({**request.scope, "state": state}, request.receive)
+        self._rewritten = json.dumps(fields).encode()
 
     @override
     async def body(self) -> bytes:
@@ -75,18 +77,28 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
         fields = check_request(await request.body(), endpoint, [pipeline.model_name, *loras])
     except RequestError as error:
         raise HTTPException(error.status, str(error)) from error
-    if fields.get("seed") == 0:  # which MAX takes for none
-        request = RewrittenRequest(request, json.dumps(fields | {"seed": MAX_SEED}).encode())
-    answer = await handler(request)
     stop = fields.get("stop")
-    stops = [text for text in ([stop] if isinstance(stop, str) else stop or ()) if text]
-    return _without_stops(answer, stops) if stops else answer
+    stops = [text for text in (stop if isinstance(stop, list) else [stop]) if text and isinstance(text, str)]
+    count, seed, requests = fields.get("n") or 1, fields.get("seed"), [request]
+    if count > 1 or seed == 0:
+        own = [{"n": 1, "seed": _seed(seed, number)} for number in range(count)]
+        requests = [RewrittenRequest(request, fields | one, number) for number, one in enumerate(own)]
+    asking = [_ask(handler, one, stops) for one in requests]
+    return await (gather_answers(asking) if count > 1 else asking[0])
 
 
-def _without_stops(answer: Any, stops: Sequence[str]) -> Any:
-    if isinstance(answer, CreateCompletionResponse):
+async def _ask(handler: Callable[[Request], Awaitable[Any]], request: Request, stops: Sequence[str]) -> Any:
+    answer = await handler(request)
+    if stops and isinstance(answer, CreateCompletionResponse):
         for choice in answer.choices:
             choice.text = before_stop(choice.text, stops)
-    elif isinstance(answer, EventSourceResponse):
+    elif stops and isinstance(answer, EventSourceResponse):
         answer.body_iterator = without_stops(answer.body_iterator, stops)
     return answer
+
+
+def _seed(seed: object, number: int) -> object:
+    """The seed of choice `number`; never 0, which MAX takes for none."""
+    if not isinstance(seed, int):
+        return seed
+    return (seed + number + MAX_SEED + 1) % (2 * MAX_SEED + 2) - MAX_SEED - 1 or MAX_SEED

@@ -57,6 +57,7 @@ class Range:
 
 
 RANGES = {
+    "n": Range(1, 128),
     "max_tokens": Range(1),
     "max_completion_tokens": Range(1),
     "min_tokens": Range(0),
@@ -73,9 +74,8 @@ RANGES = {
 """What MAX's sampling takes: most of it refused without the field's name, or (`seed`) with status 500."""
 
 NOT_SUPPORTED: Mapping[Endpoint, Mapping[str, Sequence[object]]] = {
-    Endpoint.COMPLETION: {"n": (1,), "best_of": (1,), "suffix": ("",), "logit_bias": ({},)},
+    Endpoint.COMPLETION: {"best_of": (1,), "suffix": ("",), "logit_bias": ({},)},
     Endpoint.CHAT: {
-        "n": (1,),
         "logit_bias": ({},),
         "modalities": (["text"], []),
         "functions": ([],),
@@ -105,6 +105,8 @@ def check_request(body: bytes, endpoint: Endpoint, models: Sequence[str]) -> dic
         _fail("model", shown(model), " or ".join(map(repr, models)), "See GET /v1/models.", status=404)
     for name, allowed in RANGES.items():
         _check_range(name, request.get(name), allowed)
+    if not isinstance(count := request.get("n"), int | None):
+        _fail("n", shown(count), "a whole number", "Correct the field.")
     for name, harmless in NOT_SUPPORTED[endpoint].items():
         value = request.get(name)
         if value is not None and value not in harmless:

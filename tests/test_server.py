@@ -40,9 +40,9 @@ def ask_chat(client: OpenAI, model: str, **options: Any) -> Any:
     )
 
 
-def text_of(answer: Any) -> str:
-    """The text of the first choice."""
-    choice = answer.choices[0]
+def text_of(answer: Any, number: int = 0) -> str:
+    """The text of a choice."""
+    choice = answer.choices[number]
     return str(choice.message.content if hasattr(choice, "message") else choice.text)
 
 
@@ -118,11 +118,40 @@ def test_an_answer_ends_with_its_last_token_at_max_tokens_or_at_the_end_of_the_c
     assert MAX_LENGTH <= answer.usage.total_tokens <= MAX_LENGTH + 1
 
 
+def test_n_choices_are_n_answers_with_seeds_from_the_one_given(client: OpenAI, server: Server) -> None:
+    for create in (ask, ask_chat):
+        options: dict[str, Any] = {"temperature": 1, "max_tokens": 10, "stop": "q"}
+        alone = [create(client, server.model, seed=seed, **options) for seed in (6, 7, 8)]
+        together = create(client, server.model, seed=6, n=3, **options)
+        texts = [text_of(answer) for answer in alone]
+        assert [choice.index for choice in together.choices] == [0, 1, 2]
+        assert [text_of(together, number) for number in range(3)] == texts
+        assert len(set(texts)) == 3
+        counts = [answer.usage.completion_tokens for answer in alone]
+        assert (together.usage.prompt_tokens, together.usage.completion_tokens) == (
+            alone[0].usage.prompt_tokens,
+            sum(counts),
+        )
+        chunks = list(
+            create(client, server.model, seed=6, n=3, stream=True, stream_options={"include_usage": True}, **options)
+        )
+        assert chunks[-1].usage.completion_tokens == sum(counts)
+        assert len({chunk.id for chunk in chunks}) == 1
+        streamed, reasons = ["", "", ""], [list[str]() for _ in texts]
+        for choice in (chunk.choices[0] for chunk in chunks[:-1]):
+            streamed[choice.index] += choice.text if create is ask else choice.delta.content or ""
+            reasons[choice.index].append(choice.finish_reason)
+        assert streamed == texts
+        assert all(reason[-1] and not any(reason[:-1]) for reason in reasons)
+
+
 def test_several_prompts_are_answered_in_their_order(client: OpenAI, server: Server) -> None:
     prompts = ["One", "and two", "then three."]
     alone = [ask(client, server.model, prompt=prompt).choices[0].text for prompt in prompts]
     together = ask(client, server.model, prompt=prompts).choices
     assert [(choice.index, choice.text) for choice in together] == list(enumerate(alone))
+    twice = ask(client, server.model, prompt=prompts, n=2).choices
+    assert [(choice.index, choice.text) for choice in twice] == list(enumerate(text for text in alone for _ in "12"))
 
 
 def test_a_seed_gives_the_same_text_again_and_another_seed_another(client: OpenAI, server: Server) -> None:
