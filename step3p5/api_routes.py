@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
@@ -21,7 +21,7 @@ from sse_starlette.sse import EventSourceResponse
 from typing_extensions import override
 
 from .request_checks import MAX_SEED, Endpoint, RequestError, check_request
-from .several_choices import gather_answers
+from .several_choices import gather_answers, streamed
 from .stop_strings import before_stop, without_stops
 from .tokenizer import Step3p5Tokenizer
 
@@ -93,7 +93,8 @@ async def _ask(handler: Callable[[Request], Awaitable[Any]], request: Request, s
         for choice in answer.choices:
             choice.text = before_stop(choice.text, stops)
     elif stops and isinstance(answer, EventSourceResponse):
-        answer.body_iterator = without_stops(answer.body_iterator, stops)
+        assert isinstance(answer.body_iterator, AsyncGenerator)
+        return streamed(answer, without_stops(answer.body_iterator, stops))
     return answer
 
 

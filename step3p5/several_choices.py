@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from max.serve.schemas.openai import CreateChatCompletionResponse, CreateCompletionResponse
 from sse_starlette.sse import EventSourceResponse
+from starlette.background import BackgroundTask
 
 DONE = "[DONE]"
 
@@ -34,21 +36,28 @@ async def gather_answers(asking: Sequence[Coroutine[Any, Any, Any]]) -> Any:
             task.cancel()
     first = answers[0]
     if all(isinstance(answer, EventSourceResponse) for answer in answers):
-        first.body_iterator = merged_events([answer.body_iterator for answer in answers])
-        return first
+        return streamed(first, merged_events([answer.body_iterator for answer in answers]))
     if all(isinstance(answer, CreateCompletionResponse | CreateChatCompletionResponse) for answer in answers):
         return _merged_answer(answers)
     return next(answer for answer in answers if not isinstance(answer, EventSourceResponse))
 
 
-async def merged_events(streams: Sequence[Any]) -> AsyncIterator[Any]:
+def streamed(answer: EventSourceResponse, events: AsyncGenerator[Any]) -> EventSourceResponse:
+    """`answer` with other payloads, which end with the connection rather than when they are collected as garbage."""
+    answer.body_iterator = events
+    answer.background = BackgroundTask(events.aclose)
+    return answer
+
+
+async def merged_events(streams: Sequence[AsyncGenerator[Any]]) -> AsyncGenerator[Any]:
     """The payloads of `streams` as they come, each choice under its index, with one sum of usages and one end."""
     queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
-    async def pump(number: int, stream: Any) -> None:
+    async def pump(number: int, stream: AsyncGenerator[Any]) -> None:
         try:
-            async for event in stream:
-                await queue.put((number, event))
+            async with aclosing(stream):
+                async for event in stream:
+                    await queue.put((number, event))
         finally:
             await queue.put((number, None))
 

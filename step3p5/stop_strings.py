@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 
@@ -42,16 +43,17 @@ class StopFilter:
         return text[: len(text) - held]
 
 
-async def without_stops(events: AsyncIterable[Any], stops: Sequence[str]) -> AsyncIterator[Any]:
+async def without_stops(events: AsyncGenerator[Any], stops: Sequence[str]) -> AsyncGenerator[Any]:
     """A stream of a completion or a chat, without its stop string.
 
     Args:
-        events: The payloads of server-sent events: JSON, then `[DONE]`.
+        events: The payloads of server-sent events: JSON, then `[DONE]`; closed with this one.
         stops: The stop strings, none empty.
     """
     stop_filter = StopFilter(stops)
-    async for event in events:
-        yield _filtered(event, stop_filter) if isinstance(event, str) and event.startswith("{") else event
+    async with aclosing(events):
+        async for event in events:
+            yield _filtered(event, stop_filter) if isinstance(event, str) and event.startswith("{") else event
 
 
 def _filtered(event: str, stop_filter: StopFilter) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from hypothesis import given
@@ -47,7 +47,7 @@ def test_no_more_is_held_back_than_may_become_a_stop(pieces: list[str], stops: l
 
 
 def filtered(events: list[Any], stops: list[str]) -> list[Any]:
-    async def source() -> AsyncIterator[Any]:
+    async def source() -> AsyncGenerator[Any]:
         for event in events:
             yield event if isinstance(event, str) else json.dumps(event)
 
