@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -124,17 +123,22 @@ def test_clients_that_hang_up_leave_no_memory_no_cache_blocks_and_no_delay(
         async with httpx.AsyncClient(base_url=server.address, timeout=120, limits=httpx.Limits()) as client:
             await asyncio.gather(*(hang_up(client, gate, index) for index in range(count)))
 
+    patient = server.client()
+
+    def seconds_of_a_short_answer() -> float:
+        start = time.perf_counter()
+        patient.completions.create(model=server.model, prompt="Something short", max_tokens=8, temperature=0)
+        return time.perf_counter() - start
+
+    def idle() -> bool:
+        seconds_of_a_short_answer()  # the server counts its cache blocks when it does something
+        return all(server.metric(f"maxserve_{name}") == 0 for name in ("num_requests_running", "cache_num_used_blocks"))
+
     def settled() -> tuple[float, float, float]:
-        """Memory in MiB, cache blocks and the seconds of a short answer, once nothing runs any more."""
-        wait_for(lambda: server.metric("maxserve_num_requests_running") == 0, 120, "requests to end")
-        client = server.client()
-        seconds = []
-        for index in range(7):
-            start = time.perf_counter()
-            client.completions.create(model=server.model, prompt=f"{index} short", max_tokens=8, temperature=0)
-            seconds.append(time.perf_counter() - start)
+        """Memory in MiB, cache blocks and the least seconds of a short answer, once nothing runs any more."""
+        wait_for(idle, 120, "requests to end and give their cache blocks back")
         blocks = server.metric("maxserve_cache_num_used_blocks")
-        return server.resident_mib(), blocks, statistics.median(seconds)
+        return server.resident_mib(), blocks, min(seconds_of_a_short_answer() for _ in range(7))
 
     asyncio.run(hang_up_all(AT_ONCE))  # the first load has the allocators and pools take what they then keep
     memory, blocks, seconds = settled()
@@ -144,9 +148,8 @@ def test_clients_that_hang_up_leave_no_memory_no_cache_blocks_and_no_delay(
     generated = server.metric("maxserve_batch_size_sum", "TG") - steps
     record_property(f"resident MiB before and after {HANG_UPS} hang-ups", f"{memory:.0f}, {memory_after:.0f}")
     record_property("cache blocks used", f"{blocks:.0f}, {blocks_after:.0f}")
-    record_property("median ms of a short answer", f"{1e3 * seconds:.0f}, {1e3 * seconds_after:.0f}")
+    record_property("least ms of a short answer", f"{1e3 * seconds:.0f}, {1e3 * seconds_after:.0f}")
     record_property("tokens generated of those asked for", f"{generated:.0f} of {HANG_UPS * 400}")
     assert generated < HANG_UPS * 400 / 2, "requests went on without their clients"
-    assert blocks_after == blocks == 0
     assert memory_after < memory + 64
     assert seconds_after < 2 * seconds + 0.05
