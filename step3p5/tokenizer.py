@@ -29,7 +29,9 @@ class Step3p5Tokenizer(TextTokenizer):
     def __init__(self, model_path: str, pipeline_config: PipelineConfig, **options: Any) -> None:
         super().__init__(model_path, pipeline_config, **options)
         self._vocab_size = as_step3p5_config(pipeline_config.model.huggingface_config).model_config.vocab_size
-        self._returns_prompt_logits = pipeline_config.model.enable_echo
+        self._enable_echo = pipeline_config.model.enable_echo
+        self._enable_penalties = pipeline_config.sampling.enable_penalties
+        self._enable_min_tokens = pipeline_config.sampling.enable_min_tokens
         self._token_bytes = most_bytes_of_a_token(self.delegate.backend_tokenizer)
 
     @override
@@ -52,12 +54,10 @@ class Step3p5Tokenizer(TextTokenizer):
         """The state of a new request.
 
         Raises:
-            InputError: As of `encode`; or the prompt is empty, no message of the chat says anything, `echo` is asked
-                for and the server was not started with it, or `min_tokens` do not fit behind the prompt.
+            InputError: As of `encode`; or the prompt is empty, no message of the chat says anything, what is asked for
+                needs an option that the server was not started with, or `min_tokens` do not fit behind the prompt.
         """
-        if request.echo and not self._returns_prompt_logits:
-            # MAX finds this out in the worker, whose end takes the server down.
-            raise InputError("echo: found true, expected false. Start the server with --enable-echo, or leave it out.")
+        self._check_options(request)
         if not request.prompt and not any(_says_something(message.flatten_content()) for message in request.messages):
             raise InputError("prompt: found nothing, expected at least one character or token. Give a prompt.")
         try:
@@ -68,6 +68,23 @@ class Step3p5Tokenizer(TextTokenizer):
             if not str(error).startswith("min_tokens"):
                 raise
             raise InputError(f"{error}. Lower min_tokens, or raise max_tokens or --max-length.") from error
+
+    def _check_options(self, request: TextGenerationRequest) -> None:
+        # MAX finds the first out in the worker, whose end takes the server down, and ignores the others.
+        sampling = request.sampling_params
+        if request.echo and not self._enable_echo:
+            raise InputError("echo: found true, expected false. Start the server with --enable-echo, or leave it out.")
+        if sampling.min_new_tokens > 0 and not self._enable_min_tokens:
+            raise InputError(
+                f"min_tokens: found {sampling.min_new_tokens}, expected 0. Start the server with --enable-min-tokens, "
+                "or leave it out."
+            )
+        if sampling.needs_penalties and not self._enable_penalties:
+            raise InputError(
+                f"frequency_penalty, presence_penalty, repetition_penalty: found {sampling.frequency_penalty}, "
+                f"{sampling.presence_penalty}, {sampling.repetition_penalty}, expected 0, 0, 1. Start the server with "
+                "--enable-penalties, or leave them out."
+            )
 
 
 def check_token_ids(token_ids: Sequence[int] | npt.NDArray[np.integer[Any]], vocab_size: int) -> None:
