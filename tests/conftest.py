@@ -8,12 +8,14 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import Runner, write_checkpoint
 from reference import Reference
+from server import Server
 
 SEED = int(os.environ.get("STEP3P5_TEST_SEED", secrets.randbelow(1 << 31)))
 
@@ -52,3 +54,18 @@ def tiny_reference(tiny: Path) -> Reference:
 def tiny_model(tiny: Path) -> Runner:
     """`tiny` in MAX on the CPU, up to three requests at a time."""
     return Runner(tiny)
+
+
+@pytest.fixture(scope="session")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on `tiny` that all tests share: none may end it."""
+    with Server(tiny, tmp_path_factory.mktemp("server")) as running:
+        yield running
+    assert not running.processes(), "the server left processes behind"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the figures that tests have recorded."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties if report.when == "call" else ():
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {name}: {value}")

@@ -1,0 +1,167 @@
+"""Draws results of the benchmarks as PNG files, each beside its JSON: those given, or all of `benchmarks/results/`.
+
+    python benchmarks/plot.py [FILE …]
+
+Needs matplotlib: `pip install ".[bench]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+Result = Mapping[str, Any]
+
+
+class NotDrawableError(ValueError):
+    """A file that is no benchmark's result."""
+
+
+def draw_forward(result: Result, figure: Figure) -> None:
+    """Prefill and decode: median milliseconds with quartiles, and tokens a second."""
+    prefill = [row for row in result["results"] if row["new_tokens"] > 1]
+    decode = [row for row in result["results"] if row["new_tokens"] == 1]
+    axes = figure.subplots(1, 2)
+    for axis, rows, field, label in (
+        (axes[0], prefill, "new_tokens", "prompt tokens"),
+        (axes[1], decode, "batch_size", "batch size (decode)"),
+    ):
+        rows = sorted(rows, key=lambda row: int(row[field]))
+        sizes = [row[field] for row in rows]
+        spread = [row["seconds"] for row in rows]
+        median = [1e3 * seconds["median"] for seconds in spread]
+        below = [1e3 * (seconds["median"] - seconds["lower_quartile"]) for seconds in spread]
+        above = [1e3 * (seconds["upper_quartile"] - seconds["median"]) for seconds in spread]
+        axis.errorbar(sizes, median, yerr=[below, above], marker="o", capsize=3)
+        for size, time, row in zip(sizes, median, rows, strict=True):
+            rate = f"{row['tokens_per_second']:.0f} tokens/s"
+            axis.annotate(rate, (size, time), xytext=(0, 12), textcoords="offset points", ha="center")
+        _label(axis, label, "ms a forward pass")
+        axis.margins(0.25)
+        axis.set_ylim(bottom=0)
+
+
+def draw_serving(result: Result, figure: Figure) -> None:
+    """By load: time to the first token and between tokens (p50, p95, p99), and tokens a second."""
+    axes = figure.subplots(1, 3)
+    for loop, field, mark in (("closed loop, clients", "clients", "-"), ("open loop, requests a second", "rate", "--")):
+        levels = [level for level in result["levels"] if level[field] is not None and level["first_token"] is not None]
+        if not levels:
+            continue
+        loads = [level[field] for level in levels]
+        for axis, times in ((axes[0], "first_token"), (axes[1], "token_gap")):
+            for quantile, colour in (("p50", "C0"), ("p95", "C1"), ("p99", "C2")):
+                known = [
+                    (load, 1e3 * level[times][quantile])
+                    for load, level in zip(loads, levels, strict=True)
+                    if level[times]
+                ]
+                axis.plot(*zip(*known, strict=True), mark, marker="o", color=colour, label=f"{quantile}, {loop}")
+        rates = [level["tokens_per_second"] for level in levels]
+        axes[2].plot(loads, rates, mark, marker="o", label=loop)
+    for axis, label in zip(axes, ("ms to the first token", "ms between tokens", "tokens a second"), strict=True):
+        _label(axis, "load", label)
+        axis.set_ylim(bottom=0)
+    steps = result["overhead"]
+    if steps:
+        points = [step["clients"] for step in steps], [1e3 * step["step_seconds"] for step in steps]
+        axes[1].plot(*points, ":", marker="x", color="black", label="decode step alone")
+    for axis in axes:
+        if axis.has_data():
+            axis.legend(fontsize="x-small")
+
+
+def draw_experts(result: Result, figure: Figure) -> None:
+    """The routed experts by number of tokens: each routing's time, the floor set by bytes, and vLLM's."""
+    axis = figure.subplots()
+    by_routing = defaultdict(list)
+    for row in result["experts"]:
+        if row["variant"] == "default":
+            by_routing[row["routing"]].append(row)
+    for routing, rows in by_routing.items():
+        rows.sort(key=lambda row: row["tokens"])
+        tokens = [row["tokens"] for row in rows]
+        line = axis.plot(tokens, [row["ms"] for row in rows], marker="o", label=f"{routing} routing")
+        axis.plot(tokens, [row["floor_ms"] for row in rows], ":", color=line[0].get_color(), label=f"{routing}, floor")
+        peer = [(row["tokens"], row["vllm_ms"]) for row in rows if row["vllm_ms"] is not None]
+        if peer:
+            axis.plot(*zip(*peer, strict=True), "--", marker="x", color="black", label=f"{routing}, vLLM 0.23")
+    _label(axis, "tokens", "ms")
+    axis.set_yscale("log")
+    axis.legend(fontsize="x-small")
+
+
+KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
+    "results": draw_forward,
+    "levels": draw_serving,
+    "experts": draw_experts,
+}
+"""What draws a result, by the field that tells its kind."""
+
+
+def draw(source: Path, target: Path) -> None:
+    """Draws the result in `source` to the PNG file `target`.
+
+    Raises:
+        NotDrawableError: `source` is no benchmark's result.
+        OSError: It cannot be read, or `target` not be written.
+    """
+    from matplotlib.figure import Figure
+
+    try:
+        result = json.loads(source.read_text())
+    except ValueError as error:
+        raise NotDrawableError(f"{source}: found no JSON ({error}), expected a benchmark's result") from error
+    kind = next((name for name in KINDS if isinstance(result, dict) and name in result), None)
+    if kind is None:
+        raise NotDrawableError(f"{source}: found none of the fields {', '.join(KINDS)}, expected a benchmark's result")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    KINDS[kind](result, figure)
+    figure.suptitle(f"{source.stem}: {_machine(result)}", fontsize="medium")
+    figure.savefig(target, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit status is 1 if a file could not be drawn."""
+    parser = argparse.ArgumentParser(prog="plot.py", description="Draw results of the benchmarks as PNG files.")
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="*", help="default: all of benchmarks/results/")
+    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("*.json"))
+    status = 0
+    for source in files:
+        try:
+            draw(source, source.with_suffix(".png"))
+            print(source.with_suffix(".png"))
+        except (NotDrawableError, OSError) as error:
+            print(f"plot.py: error: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _label(axis: Axes, load: str, times: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel(load)
+    axis.set_ylabel(times)
+    axis.grid(alpha=0.3)
+
+
+def _machine(result: Result) -> str:
+    if "gpu" in result:
+        return str(result["gpu"])
+    environment = result["environment"]
+    return f"{result['model']}, {environment['cpu']}, {environment['cores']} cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Takes stop strings out of answers. MAX ends an answer at one, but leaves it in completions and in streams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of `stops` in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+class StopFilter:
+    """Passes a text that comes in pieces, up to the first stop string; holds back what may be the beginning of one.
+
+    Args:
+        stops: The stop strings, none empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self._stopped = False
+
+    def feed(self, piece: str, last: bool = False) -> str:
+        """What can be passed on now that `piece` has come; all that remains with the `last` one."""
+        if self._stopped:
+            return ""
+        text = self._held + piece
+        passed = before_stop(text, self._stops)
+        self._stopped = len(passed) < len(text)
+        if self._stopped or last:
+            self._held = ""
+            return passed
+        held = max(map(len, self._stops)) - 1
+        while held > 0 and not any(stop.startswith(text[-held:]) for stop in self._stops):
+            held -= 1
+        held = min(held, len(text))
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+async def without_stops(events: AsyncGenerator[Any], stops: Sequence[str]) -> AsyncGenerator[Any]:
+    """A stream of a completion or a chat, without its stop string.
+
+    Args:
+        events: The payloads of server-sent events: JSON, then `[DONE]`; closed with this one.
+        stops: The stop strings, none empty.
+    """
+    stop_filter = StopFilter(stops)
+    async with aclosing(events):
+        async for event in events:
+            yield _filtered(event, stop_filter) if isinstance(event, str) and event.startswith("{") else event
+
+
+def _filtered(event: str, stop_filter: StopFilter) -> str:
+    content = json.loads(event)
+    for choice in content.get("choices", ()):
+        last = choice.get("finish_reason") is not None
+        holder, name = (choice, "text") if "text" in choice else (choice["delta"], "content")
+        if last or holder.get(name):
+            holder[name] = stop_filter.feed(holder.get(name) or "", last)
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,132 @@
+"""A real `max serve` process for the tests: started, watched and stopped as an operator would."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import httpx
+from openai import AsyncOpenAI, OpenAI
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX = str(Path(sys.executable).parent / "max")
+START_UP = 600
+"""Seconds for a server to compile and start on a small machine."""
+
+SHUT_DOWN = 60
+MAX_LENGTH = 512
+MAX_BATCH_SIZE = 64
+CHUNK = 128
+"""Tokens that a step reads at most, so that a longer prompt is read in pieces."""
+
+
+class Server:
+    """One `max serve` process group on localhost; a context manager that waits until it answers, and ends it.
+
+    Args:
+        checkpoint: What to serve, under its path as the name.
+        folder: Where the process runs and leaves its log.
+        options: Command-line options over the usual ones.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, options: Sequence[str] = ("--host", "127.0.0.1")) -> None:
+        self.model = str(checkpoint)
+        self.port, self.metrics_port = free_ports(2)
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "log"
+        self.command = [MAX, "serve", "--model", self.model, "--custom-architectures", f"{ROOT}:pipelines_registry"]
+        self.command += ["--devices", "cpu", "--max-length", str(MAX_LENGTH), "--max-batch-size", str(MAX_BATCH_SIZE)]
+        self.command += ["--max-batch-input-tokens", str(CHUNK), "--port", str(self.port), *options]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, cwd=folder, env=self.environment(), start_new_session=True
+            )
+
+    def __enter__(self) -> Server:
+        wait_for(self._answers, START_UP, "the server to start")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self.process.poll() is None:
+                self.stop()
+        finally:
+            for pid in self.processes():
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+
+    def environment(self) -> dict[str, str]:
+        """What the process's environment is: no telemetry, metrics at a port of its own."""
+        # Importing MAX changes the process's environment behind Python's back: hand children Python's view of it.
+        own = {"MAX_SERVE_METRICS_ENDPOINT_PORT": str(self.metrics_port), "OTEL_SDK_DISABLED": "true"}
+        return {name: value for name, value in os.environ.items() if name != "MAX_SERVE_HOST"} | own
+
+    def stop(self) -> int:
+        """Asks the server to end, as a supervisor does, waits for it and returns its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(SHUT_DOWN)
+
+    def processes(self) -> list[int]:
+        """The live processes that belong to the server: all of its session."""
+        pids = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(session) == self.process.pid and state != "Z":
+                pids.append(int(stat.parent.name))
+        return pids
+
+    def resident_mib(self) -> float:
+        """Memory that the server's processes hold, in MiB; what they share counts for each."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        statms = (Path(f"/proc/{pid}/statm").read_text() for pid in self.processes())
+        return sum(int(statm.split()[1]) for statm in statms) * page / 2**20
+
+    def metric(self, name: str, batch_type: str = "") -> float:
+        """The sum over labels of metric `name`, of one `batch_type` (`CE`, `TG`) if given; 0 before its first value."""
+        text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60).text
+        labels = rf'{{.*batch_type="{batch_type}".*}}' if batch_type else "(?:{.*})?"
+        return sum(float(value) for value in re.findall(rf"^{name}{labels} (\S+)$", text, re.MULTILINE))
+
+    def client(self) -> OpenAI:
+        """A client that does not try twice."""
+        return OpenAI(base_url=f"{self.address}/v1", api_key="unused", max_retries=0, timeout=120)
+
+    def async_client(self) -> AsyncOpenAI:
+        """As `client`, for many requests at a time."""
+        return AsyncOpenAI(base_url=f"{self.address}/v1", api_key="unused", max_retries=0, timeout=120)
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return httpx.get(f"{self.address}/health", timeout=5).is_success
+        except httpx.TransportError:
+            return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of localhost that nothing listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [int(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Waits until `condition` holds; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.2)

@@ -1,0 +1,90 @@
+"""Taking stop strings out of answers that come in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from step3p5.stop_strings import StopFilter, before_stop, without_stops
+
+pieces = st.lists(st.text("ab<", max_size=3), max_size=12)
+stops = st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+def test_a_text_ends_before_the_first_of_its_stops() -> None:
+    assert before_stop("one two three", ["three", "two"]) == "one "
+    assert before_stop("one two three", ["four"]) == "one two three"
+
+
+def up_to_a_stop(pieces: list[str], stops: list[str]) -> list[str]:
+    """The pieces that come until one completes a stop string, which is when a server stops."""
+    for count in range(len(pieces)):
+        if any(stop in "".join(pieces[: count + 1]) for stop in stops):
+            return pieces[: count + 1]
+    return pieces
+
+
+@given(pieces, stops)
+def test_pieces_put_together_are_the_text_before_the_stop(pieces: list[str], stops: list[str]) -> None:
+    stop_filter = StopFilter(stops)
+    passed = [stop_filter.feed(piece) for piece in pieces]
+    passed.append(stop_filter.feed("", last=True))
+    assert "".join(passed) == before_stop("".join(up_to_a_stop(pieces, stops)), stops)
+
+
+@given(pieces, stops)
+def test_no_more_is_held_back_than_may_become_a_stop(pieces: list[str], stops: list[str]) -> None:
+    stop_filter, passed, text = StopFilter(stops), "", ""
+    for piece in up_to_a_stop(pieces, stops):
+        passed, text = passed + stop_filter.feed(piece), text + piece
+        held = before_stop(text, stops)[len(passed) :]
+        assert not held or any(stop.startswith(held) for stop in stops)
+
+
+def filtered(events: list[Any], stops: list[str]) -> list[Any]:
+    async def source() -> AsyncGenerator[Any]:
+        for event in events:
+            yield event if isinstance(event, str) else json.dumps(event)
+
+    async def run() -> list[Any]:
+        return [event async for event in without_stops(source(), stops)]
+
+    return [event if event == "[DONE]" else json.loads(event) for event in asyncio.run(run())]
+
+
+def test_a_streamed_completion_keeps_all_but_the_stop() -> None:
+    texts = ["on", "e t", "wo", "!"]
+    events: list[Any] = [
+        {
+            "id": "1",
+            "choices": [{"index": 0, "text": text, "logprobs": {"token_logprobs": [-1]}, "finish_reason": None}],
+        }
+        for text in texts
+    ]
+    events[-1]["choices"][0]["finish_reason"] = "stop"
+    usage = {"id": "1", "choices": [], "usage": {"completion_tokens": 4}}
+    got = filtered([*events, usage, "[DONE]"], ["two"])
+    assert [event["choices"][0]["text"] for event in got[:4]] == ["on", "e ", "", ""]
+    for before, after in zip(events, got, strict=False):
+        text = after["choices"][0]["text"]
+        assert {**before["choices"][0], "text": text} == after["choices"][0]
+    assert got[4:] == [usage, "[DONE]"]
+
+
+def test_a_streamed_chat_keeps_reasoning_and_gets_what_was_held_back_at_its_end() -> None:
+    deltas = [{"role": "assistant", "reasoning_content": "stop"}, {"content": "to st"}, {"content": None}]
+    reasons = [None, None, "length"]
+    events: list[Any] = [
+        {"choices": [{"delta": delta, "finish_reason": reason}]} for delta, reason in zip(deltas, reasons, strict=True)
+    ]
+    got = [event["choices"][0]["delta"] for event in filtered(events, ["stop"])]
+    assert got == [deltas[0], {"content": "to "}, {"content": "st"}]
+
+
+def test_an_error_within_a_stream_passes() -> None:
+    assert filtered([{"error": {"message": "x"}}], ["stop"]) == [{"error": {"message": "x"}}]
