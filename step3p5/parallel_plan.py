@@ -11,21 +11,23 @@ cuts: a product over a cut input axis leaves partial sums, which an all-reduce a
 other devices are gathered before and scattered after.
 
 Why no token is sent to single experts: a dispatch moves a token's hidden state once for each of its `top_k` experts
-that lies elsewhere, `top_k / n` times what gathering every token on `n` devices moves. MAX's collectives join at most
-8 devices and the model has `top_k = 8`, so that gathering never moves more, and where every device has every token
-already, local experts and one all-reduce, which the shared expert needs anyway, move less still.
+that lies elsewhere, and the combine moves as much back: together `2 * top_k / n` times what gathering every token on
+`n` devices moves. Where every device has every token already, local experts and one all-reduce, which the shared expert
+needs anyway, move less for any number of devices that MAX's collectives join (8), with `top_k = 8`. Where devices have
+their own tokens, gathering them and reducing the sums moves three times the gathering's bytes: less than dispatch and
+combine on 2 and 4 devices, half as much again on 8, and without buffers for the worst routing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import NoReturn
 
 from step3p5.checkpoint_tensors import TensorRole, TensorSpec, checkpoint_tensors, mtp_tensors
-from step3p5.layer_config import LayerConfig, ModelConfig, MoEConfig
+from step3p5.layer_config import DenseMLPConfig, LayerConfig, ModelConfig, MoEConfig
 
 MAX_DEVICES = 8
 """The most devices that MAX's collectives join: its signal buffers have room for no more."""
@@ -203,6 +205,29 @@ class ParallelPlan:
     def num_key_value_heads_per_device(self, layer: LayerConfig) -> int:
         """KV heads of a layer that a device holds and caches."""
         return layer.attention.num_key_value_heads // (self.num_devices if self._cuts(TensorRole.KEY) else 1)
+
+    def part_of(self, layer: LayerConfig) -> LayerConfig:
+        """The layer as one device computes it: its heads and widths. The experts stay those of the router."""
+        heads = layer.attention.num_key_value_heads // self.num_key_value_heads_per_device(layer)
+        attention = replace(
+            layer.attention,
+            num_attention_heads=layer.attention.num_attention_heads // heads,
+            num_key_value_heads=layer.attention.num_key_value_heads // heads,
+        )
+        prefix = f"model.layers.{layer.index}."
+        if not isinstance(layer.mlp, MoEConfig):
+            return replace(layer, attention=attention, mlp=self._part_of_mlp(layer.mlp, f"{prefix}mlp"))
+        shared = self._part_of_mlp(layer.mlp.shared_expert, f"{prefix}share_expert")
+        (_, width, _) = self._part_shape(f"{prefix}moe.gate_proj.weight")
+        return replace(
+            layer, attention=attention, mlp=replace(layer.mlp, intermediate_size=width, shared_expert=shared)
+        )
+
+    def _part_of_mlp(self, mlp: DenseMLPConfig, name: str) -> DenseMLPConfig:
+        return replace(mlp, intermediate_size=self._part_shape(f"{name}.gate_proj.weight")[0])
+
+    def _part_shape(self, name: str) -> tuple[int, ...]:
+        return self.placements[name].shard_shape(self._tensors[name].shape)
 
     def _cuts(self, role: TensorRole) -> bool:
         return self.num_devices > 1 and role in self.splits

@@ -154,10 +154,10 @@ def test_a_token_of_flash_reads_23_gigabytes() -> None:
 @pytest.mark.parametrize(
     ("mode", "hidden_states"),
     [
-        # Two for an all-reduce, one for a gather or a scatter; the embedding's all-reduce is one of the first two.
+        # Two for an all-reduce, one for a gather; the first two are the embedding's, the last one is the head's gather.
         ("tp", 2 + 45 * 4),
         ("tp-ep", 2 + 45 * 4),
-        ("dp-ep", 2 + 42 * 2 + 1),
+        ("dp-ep", 2 + 42 * 3 + 1),
     ],
 )
 def test_what_goes_over_the_links(mode: str, hidden_states: int) -> None:
@@ -246,6 +246,13 @@ def test_a_checkpoint_is_planned_from_its_folder(tiny: Path, capsys: pytest.Capt
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["dtype"] == "float32"
     assert {row["depth"] for row in numbers["speculation"]} == {1, 2, 3}
+
+
+def test_the_released_model_may_lie_somewhere(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEP3P5_MODEL", raising=False)
+    assert len(read_model("step3p5", None).model.layers) == 45
+    monkeypatch.setenv("STEP3P5_MODEL", str(tiny))
+    assert read_model("step3p5", None).model == read_model(str(tiny), None).model
 
 
 def test_the_comparison_marks_the_best(capsys: pytest.CaptureFixture[str]) -> None:

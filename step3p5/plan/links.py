@@ -9,9 +9,10 @@ from step3p5.parallel_plan import Collective, LayerPlan, ParallelPlan
 SENT: Mapping[Collective, int] = {
     Collective.ALL_REDUCE: 2,
     Collective.ALL_GATHER: 1,
-    Collective.REDUCE_SCATTER: 1,
+    Collective.REDUCE_SCATTER: 2,
 }
-"""How often a device sends its `(n - 1) / n` of all the data; no algorithm needs less. See any text on collectives."""
+"""How often a device sends `(n - 1) / n` of all the data. No all-reduce or gather needs less; a scatter would do with
+1, but MAX's cuts into equal parts, so that the graph's is an all-reduce of which a device keeps its own rows."""
 
 
 def sent_bytes(collective: Collective | None, num_devices: int, num_bytes: float) -> float:
