@@ -39,9 +39,9 @@ format: $(VENV)/test-installed
 test: lint
 	$(BIN)/python -m pytest
 
-# Compiles the model for several GPUs of each kind, which takes an hour or more and no GPU.
+# The graph for several devices: run on the CPU, compiled for GPUs of each kind. Takes an hour or more, and no GPU.
 test-long: $(VENV)/test-installed
-	STEP3P5_LONG_TESTS=1 $(BIN)/python -m pytest tests/test_parallel_compile.py
+	STEP3P5_LONG_TESTS=1 $(BIN)/python -m pytest tests/test_parallel_graph.py tests/test_parallel_compile.py
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

@@ -1,6 +1,11 @@
-"""The graph for several devices, whole, on the CPU: attention over the devices' own caches, collectives, subgraphs."""
+"""The graph for several devices, whole, on the CPU: attention over the devices' own caches, collectives, subgraphs.
+
+A compilation takes minutes: these run where `STEP3P5_LONG_TESTS` is set (`make test-long`).
+"""
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import pytest
@@ -26,6 +31,8 @@ SMALLEST = SMALL | {
     "attention_other_setting": SMALL["attention_other_setting"] | {"head_dim": 32},
 }
 """As few layers as have every kind of attention and MLP; the CPU's attention kernel takes no smaller window."""
+
+pytestmark = pytest.mark.skipif("STEP3P5_LONG_TESTS" not in os.environ, reason="minutes each: make test-long")
 
 LENGTHS = [[3, 200, 1], [40, 9]]
 
