@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := .cache/tiny
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-long lint format clean
 
 # pip 23.2, the one that Debian's Python 3.11 brings, cannot resolve modular's dependencies.
 $(VENV)/installed: pyproject.toml
@@ -38,6 +38,10 @@ format: $(VENV)/test-installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The graph for several devices: run on the CPU, compiled for GPUs of each kind. Takes an hour or more, and no GPU.
+test-long: $(VENV)/test-installed
+	STEP3P5_LONG_TESTS=1 $(BIN)/python -m pytest tests/test_parallel_graph.py tests/test_parallel_compile.py
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

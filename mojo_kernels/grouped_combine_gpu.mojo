@@ -34,10 +34,14 @@ def combine_gpu[
     for k in range(0, Int(top_k), unroll):
         comptime for u in range(unroll):
             var a = t * Int(top_k) + k + u
+            var weight = weights[unsafe_offset=a]
+            # An expert of another device: its part was never written.
+            if weight == 0:
+                continue
             var part = parts.unsafe_offset(a * Int(columns) + c).unsafe_load[
                 width=WIDTH, alignment=16
             ]()
-            total += weights[unsafe_offset=a] * part.cast[DType.float32]()
+            total += weight * part.cast[DType.float32]()
     y.unsafe_offset(t * Int(y_columns) + Int(begin) + c).unsafe_store[
         alignment=16
     ](total.cast[y_dtype]())

@@ -385,6 +385,9 @@ struct HitList(ImplicitlyCopyable):
                     count += Int(pop_count(mask))
             if lane == 0:
                 self.begins[unsafe_offset=MAX_EXPERTS + 1] = Int32(count)
+                # Where no expert is hit, its first rows are still requested.
+                if count == 0:
+                    self.experts[unsafe_offset=0] = 0
         barrier()
 
     @always_inline

@@ -28,6 +28,7 @@ step3p5_arch = SupportedArchitecture(
     weight_adapters={WeightsFormat.safetensors: convert_safetensor_state_dict},
     config=Step3p5Config,
     batching=Step3p5BatchProcessor,
+    multi_gpu_supported=True,
     memory_planner=PagedMemoryPlanner,
     reasoning_parser=PARSER_NAME,
     tool_parser=PARSER_NAME,

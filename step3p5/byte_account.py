@@ -109,11 +109,11 @@ def forward_flops(model: ModelConfig, forward: Forward) -> float:
         elif spec.role not in _NOT_MULTIPLIED:
             per_token += 2.0 * spec.num_elements
     head = 2.0 * model.vocab_size * model.hidden_size
-    attention = sum(_attention_flops(layer.attention, forward) for layer in model.layers)
+    attention = sum(attention_flops(layer.attention, forward) for layer in model.layers)
     return forward.num_tokens * per_token + forward.batch_size * (head + attention)
 
 
-def _attention_flops(attention: AttentionConfig, forward: Forward) -> float:
+def attention_flops(attention: AttentionConfig, forward: Forward) -> float:
     """Scores and weighted values of one request's new tokens: two products over every visible query-key pair."""
     before = forward.context - forward.new_tokens
     pairs = _causal_pairs(forward.context, attention.sliding_window) - _causal_pairs(before, attention.sliding_window)

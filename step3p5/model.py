@@ -26,6 +26,7 @@ from typing_extensions import override
 from .artifacts import record_or_check
 from .batch_processor import Step3p5BatchProcessor
 from .model_config import Step3p5Config
+from .parallel_step3p5 import ParallelStep3p5
 from .step3p5 import Step3p5
 from .tokenizer import check_token_ids
 
@@ -165,7 +166,7 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
         """The decoder's graph, with its weights."""
         assert isinstance(model_config, Step3p5Config)
         record_or_check(self.pipeline_config, model_config)
-        module = Step3p5(model_config)
+        module = ParallelStep3p5(model_config) if len(model_config.devices) > 1 else Step3p5(model_config)
         # Safetensors promises no alignment beyond the header's.
         module.load_state_dict(self.state_dict, weight_alignment=1, strict=True)
         return {

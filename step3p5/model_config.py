@@ -22,6 +22,7 @@ from .checkpoint_files import check_tensors, decoder_tensors, read_headers
 from .config_fields import ConfigError
 from .config_parser import parse_model_config
 from .layer_config import AttentionConfig, AttentionKind, DenseMLPConfig, Llama3Scaling, ModelConfig, MoEConfig
+from .parallel_plan import ParallelPlan, parallel_plan
 from .pretrained_config import as_step3p5_config
 
 MINIMUM_CPU_WINDOW = 128
@@ -101,9 +102,14 @@ class Step3p5Config(Llama3Config):
     model: ModelConfig = field(default=None, repr=False)  # type: ignore[assignment]  # filled in below when absent
     """The validated configuration, one object per layer."""
 
+    plan: ParallelPlan = field(default=None, repr=False)  # type: ignore[assignment]  # filled in below when absent
+    """Where every tensor lies on the devices; without expert parallelism where none is given."""
+
     def __post_init__(self) -> None:
         if self.model is None:
             self.model = parse_model_config(_hub_mapping(self))
+        if self.plan is None:
+            self.plan = parallel_plan(self.model, len(self.devices))
 
     @override
     @staticmethod
@@ -204,12 +210,14 @@ class Step3p5Config(Llama3Config):
 
         Raises:
             ConfigError: If the checkpoint's configuration is not valid, or not runnable on the devices.
+            ParallelPlanError: If the model cannot lie on the devices as `--ep-size` and `--data-parallel-degree` say.
             CheckpointError: If its files are not what the configuration says.
         """
         model_config = model_config or pipeline_config.model
         model = as_step3p5_config(huggingface_config).model_config
         encoding = _select_quantization_encoding(model_config, cls.DEFAULT_ENCODING)
         devices = [DeviceRef(spec.device_type, spec.id) for spec in model_config.device_specs]
+        plan = parallel_plan(model, len(devices), pipeline_config.runtime.ep_size, model_config.data_parallel_degree)
         if any(device.is_cpu() for device in devices):
             _check_cpu_window(model)
         if model_config.weight_path and model_config.huggingface_weight_repo.repo_type == "local":
@@ -218,6 +226,7 @@ class Step3p5Config(Llama3Config):
         return cls(
             **_flat_fields(model),
             model=model,
+            plan=plan,
             max_seq_len=max_seq_len or model.max_position_embeddings,
             dtype=supported_encoding_dtype(encoding),
             quantization_encoding=encoding,

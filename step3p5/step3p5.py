@@ -86,7 +86,7 @@ class Step3p5(Module):
                 cache_layer,
                 kv_collections[attention.kind],
                 input_row_offsets,
-                *_swiglu_limits(layers[index]),
+                *swiglu_limits(layers[index]),
             ]
             if attention.rope is not None:
                 inputs.append(tables[attention.rope])
@@ -187,7 +187,7 @@ def _graph_key(layer: LayerConfig) -> LayerConfig:
     return dataclasses.replace(layer, index=0, mlp=mlp)
 
 
-def _swiglu_limits(layer: LayerConfig) -> list[TensorValue]:
+def swiglu_limits(layer: LayerConfig) -> list[TensorValue]:
     """The clamp limits of the routed experts, and of the shared expert or dense MLP; infinite where there is none."""
     limits = [layer.mlp.swiglu_limit, layer.mlp.swiglu_limit]
     if isinstance(layer.mlp, MoEConfig):

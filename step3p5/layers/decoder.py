@@ -17,11 +17,17 @@ from .norm import RMSNorm
 class DecoderLayer(Module):
     """`h += attention(norm(h))`, then `h += mlp(norm(h))` or `h += experts(norm(h)) + shared_expert(norm(h))`.
 
-    Sub-module names are the checkpoint's, so that its tensors load by name.
+    Sub-module names are the checkpoint's, so that its tensors load by name. `experts`: see `MoE`.
     """
 
     def __init__(
-        self, config: LayerConfig, model: ModelConfig, kv_params: KVCacheParams, dtype: DType, device: DeviceRef
+        self,
+        config: LayerConfig,
+        model: ModelConfig,
+        kv_params: KVCacheParams,
+        dtype: DType,
+        device: DeviceRef,
+        experts: range | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -29,7 +35,7 @@ class DecoderLayer(Module):
         self.self_attn = Attention(config.attention, model, kv_params, dtype, device)
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model, dtype)
         if isinstance(config.mlp, MoEConfig):
-            self.moe = MoE(config.mlp, model.hidden_size, dtype, device)
+            self.moe = MoE(config.mlp, model.hidden_size, dtype, device, experts)
             self.share_expert = MLP(config.mlp.shared_expert.intermediate_size, model.hidden_size, dtype, device)
         else:
             self.mlp = MLP(config.mlp.intermediate_size, model.hidden_size, dtype, device)

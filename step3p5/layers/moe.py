@@ -30,18 +30,22 @@ class MoE(Module):
         hidden_size: Size of the last axis of `x` and of the result.
         dtype: Storage type of the experts' and the gate's weights.
         device: Where the layer runs.
+        experts: The experts that lie on the device, all by default; the sum is over these alone.
     """
 
-    def __init__(self, config: MoEConfig, hidden_size: int, dtype: DType, device: DeviceRef) -> None:
+    def __init__(
+        self, config: MoEConfig, hidden_size: int, dtype: DType, device: DeviceRef, experts: range | None = None
+    ) -> None:
         super().__init__()
-        experts, width = config.num_experts, config.intermediate_size
+        width = config.intermediate_size
         self.config = config
-        self.gate = Linear(hidden_size, experts, dtype, device)
+        self.experts = range(config.num_experts) if experts is None else experts
+        self.gate = Linear(hidden_size, config.num_experts, dtype, device)
         if config.router_bias:
-            self.router_bias = Weight("router_bias", DType.float32, [experts], device)
-        self.gate_proj = ExpertWeights(experts, hidden_size, width, dtype, device)
-        self.up_proj = ExpertWeights(experts, hidden_size, width, dtype, device)
-        self.down_proj = ExpertWeights(experts, width, hidden_size, dtype, device)
+            self.router_bias = Weight("router_bias", DType.float32, [config.num_experts], device)
+        self.gate_proj = ExpertWeights(len(self.experts), hidden_size, width, dtype, device)
+        self.up_proj = ExpertWeights(len(self.experts), hidden_size, width, dtype, device)
+        self.down_proj = ExpertWeights(len(self.experts), width, hidden_size, dtype, device)
 
     def __call__(self, x: TensorValue, limit: TensorValue) -> TensorValue:
         """`x [tokens, hidden_size]` and the clamp limit, a float32 scalar on the host, to `[tokens, hidden_size]`.
@@ -62,8 +66,19 @@ class MoE(Module):
             normalize=config.normalize_weights,
             scale=config.router_scaling_factor,
         )
-        hidden = kernels.gate_up(x, self.gate_proj(), self.up_proj(), chosen.rows, chosen.offsets, limit)
-        return kernels.down(hidden, self.down_proj(), chosen.rows, chosen.offsets, chosen.weights)
+        offsets, weights = chosen.offsets, chosen.weights
+        if len(self.experts) < config.num_experts:
+            # The kernels go through the experts between the offsets; a weight of zero says that an expert is not there.
+            offsets = offsets[self.experts.start : self.experts.stop + 1]
+            weights = ops.where(self._is_here(chosen.ids), weights, ops.constant(0.0, DType.float32, device=x.device))
+        hidden = kernels.gate_up(x, self.gate_proj(), self.up_proj(), chosen.rows, offsets, limit)
+        return kernels.down(hidden, self.down_proj(), chosen.rows, offsets, weights)
+
+    def _is_here(self, ids: TensorValue) -> TensorValue:
+        first, end = (
+            ops.constant(expert, DType.int32, device=ids.device) for expert in (self.experts.start, self.experts.stop)
+        )
+        return ops.logical_and(ids >= first, ids < end)
 
     def _router_logits(self, x: TensorValue) -> TensorValue:
         if self.config.fp32_gate:

@@ -1,0 +1,112 @@
+"""One decoder layer on several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from max.dtype import DType
+from max.graph import BufferValue, DeviceRef, TensorValue, ops
+from max.nn.kv_cache import KVCacheParams, PagedCacheValues
+
+from ..layer_config import LayerConfig, MoEConfig
+from ..parallel_plan import ParallelPlan
+from .decoder import DecoderLayer
+from .exchange import Exchange
+from .placement import place_weights
+
+
+class ParallelDecoderLayer(DecoderLayer):
+    """A decoder layer whose devices each compute their part, and exchange what the plan says.
+
+    As a module it is the whole layer, whose tensors load by name; `parts` are the devices' own.
+
+    Args:
+        config: The whole layer.
+        plan: Where its tensors lie, and what is exchanged.
+        kv_params: The cache that holds this kind of layer.
+        dtype: Storage type of the weights.
+        devices: The plan's devices.
+    """
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        plan: ParallelPlan,
+        kv_params: KVCacheParams,
+        dtype: DType,
+        devices: Sequence[DeviceRef],
+    ) -> None:
+        super().__init__(config, plan.model, kv_params, dtype, DeviceRef.CPU())
+        prefix = f"model.layers.{config.index}."
+        self.plan = plan.layers[config.index]
+        self.parts = [
+            DecoderLayer(
+                plan.part_of(config),
+                plan.model,
+                kv_params,
+                dtype,
+                device,
+                experts=plan.experts(config.mlp, index) if isinstance(config.mlp, MoEConfig) else None,
+            )
+            for index, device in enumerate(devices)
+        ]
+        placements = {
+            name.removeprefix(prefix): placement
+            for name, placement in plan.placements.items()
+            if name.startswith(prefix)
+        }
+        place_weights(self, self.parts, placements, devices)
+
+    def __call__(  # type: ignore[override]  # a list a device, where the whole layer has one value
+        self,
+        h: list[TensorValue],
+        cache_layer: TensorValue,
+        kv_collections: list[PagedCacheValues],
+        input_row_offsets: list[TensorValue],
+        routed_limit: TensorValue,
+        shared_limit: TensorValue,
+        signals: list[BufferValue],
+        row_bounds: list[TensorValue],
+        rope_tables: list[TensorValue],
+    ) -> list[TensorValue]:
+        """Runs the layer on lists of one value a device; see `DecoderLayer`.
+
+        Args:
+            h: Hidden states of every device's tokens, `[tokens, hidden_size]`.
+            cache_layer: See `Attention`.
+            kv_collections: Every device's cache.
+            input_row_offsets: Of every device's requests.
+            routed_limit: See `DecoderLayer`.
+            shared_limit: See `DecoderLayer`.
+            signals: See `Exchange`.
+            row_bounds: See `Exchange`; empty for `None`.
+            rope_tables: Every device's table; empty where the layer does not rotate.
+
+        Returns:
+            Hidden states of every device's tokens.
+        """
+        exchange = Exchange(signals, row_bounds[0] if row_bounds else None)
+        devices = range(len(self.parts))
+        tables = rope_tables or [None] * len(self.parts)
+        y = [
+            part.self_attn(part.input_layernorm(h[i]), cache_layer, kv_collections[i], tables[i], input_row_offsets[i])
+            for i, part in enumerate(self.parts)
+        ]
+        h = _add(h, exchange(self.plan.after_attention, y, h))
+
+        x = [part.post_attention_layernorm(h[i]) for i, part in enumerate(self.parts)]
+        if not isinstance(self.config.mlp, MoEConfig):
+            y = [part.mlp(x[i], shared_limit) for i, part in enumerate(self.parts)]
+            return _add(h, exchange(self.plan.after_mlp, y, h))
+        shared = [part.share_expert(x[i], shared_limit) for i, part in enumerate(self.parts)]
+        all_x = exchange(self.plan.before_mlp, x, h)
+        y = [part.moe(all_x[i], routed_limit) for i, part in enumerate(self.parts)]
+        if self.plan.shared_expert_is_partial:
+            # In the experts' float32; what is exchanged has the type of the hidden states.
+            y = _add(y, shared)
+        y = exchange(self.plan.after_mlp, [ops.cast(y[i], h[i].dtype) for i in devices], h)
+        return _add(h, y if self.plan.shared_expert_is_partial else _add(y, shared))
+
+
+def _add(left: Sequence[TensorValue], right: Sequence[TensorValue]) -> list[TensorValue]:
+    return [a + b for a, b in zip(left, right, strict=True)]
