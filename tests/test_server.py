@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from transformers import AutoTokenizer
 
 CHAT = [{"role": "user", "content": "Say something."}]
 PROMPT = "Once upon a time"
+NO_THOUGHT: dict[str, Any] = {"enable_thinking": False}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +36,10 @@ def ask(client: OpenAI, model: str, **options: Any) -> Any:
 
 
 def ask_chat(client: OpenAI, model: str, **options: Any) -> Any:
-    """A chat completion; as `ask`."""
-    own = {"ignore_eos": True, "return_token_ids": True} | options.pop("extra_body", {})
+    """A chat completion; as `ask`. Without a thought, which would not be `content`."""
+    own = {"ignore_eos": True, "return_token_ids": True, "chat_template_kwargs": NO_THOUGHT} | options.pop(
+        "extra_body", {}
+    )
     return client.chat.completions.create(
         **{"model": model, "messages": CHAT, "max_tokens": 12, "temperature": 0, "extra_body": own} | options
     )
@@ -101,7 +106,7 @@ def test_usage_counts_the_tokens_of_prompt_and_answer(client: OpenAI, server: Se
     assert (usage.completion_tokens, usage.total_tokens) == (7, usage.prompt_tokens + 7)
 
     usage = ask_chat(client, server.model, max_tokens=7).usage
-    rendered = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+    rendered = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False, **NO_THOUGHT)
     assert usage.prompt_tokens == len(tokenizer(rendered)["input_ids"])
     assert (usage.completion_tokens, usage.total_tokens) == (7, usage.prompt_tokens + 7)
 
@@ -184,7 +189,8 @@ def test_a_stop_token_ends_the_text(client: OpenAI, server: Server) -> None:
     own = {"ignore_eos": False, "stop_token_ids": [tokens[4]]}
     stopped = ask(client, server.model, extra_body=own).choices[0]
     assert stopped.finish_reason == "stop"
-    assert stopped.token_ids == tokens[: tokens.index(tokens[4]) + 1]
+    ends = {tokens[4], *json.loads(Path(server.model, "config.json").read_text())["eos_token_id"]}
+    assert stopped.token_ids == tokens[: next(at for at, token in enumerate(tokens) if token in ends) + 1]
 
 
 def test_a_stop_string_ends_the_text_and_is_not_in_it(client: OpenAI, server: Server) -> None:
