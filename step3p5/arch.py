@@ -11,6 +11,7 @@ from max.pipelines.modeling.types import PipelineTask
 from .batch_processor import Step3p5BatchProcessor
 from .model import Step3p5Model
 from .model_config import Step3p5Config
+from .speculation.arch import mtp_speculator
 from .tokenizer import Step3p5Tokenizer
 from .weight_adapters import convert_safetensor_state_dict
 
@@ -30,4 +31,4 @@ step3p5_arch = SupportedArchitecture(
     memory_planner=PagedMemoryPlanner,
 )
 
-ARCHITECTURES = [step3p5_arch]
+ARCHITECTURES = [step3p5_arch, mtp_speculator(step3p5_arch)]
