@@ -100,9 +100,7 @@ class MTPDepth(Module):
         """
         rope = self.config.attention.rope
         joined = ops.concat([self.enorm(self.embed_tokens(tokens)), self.hnorm(previous)], axis=-1)
-        table = (
-            () if rope is None else (rope_table(rope, tokens, input_row_offsets, kv_collection.cache_lengths),)
-        )
+        table = () if rope is None else (rope_table(rope, tokens, input_row_offsets, kv_collection.cache_lengths),)
         z = self.layer(
             self.eh_proj(joined), cache_layer, kv_collection, input_row_offsets, swiglu_limit, swiglu_limit, *table
         )

@@ -42,7 +42,9 @@ class VerifyingStep3p5(Step3p5):
             batch_order=("tokens", "row_offsets"),
         )
         logit_rows = TensorType(DType.int64, ["logit_rows"], self.config.devices[0])
-        return OrderedDict(batch=tree["batch"], logit_rows=logit_rows, kv=tree["kv"])  # a plain dict is flattened sorted
+        return OrderedDict(
+            batch=tree["batch"], logit_rows=logit_rows, kv=tree["kv"]
+        )  # a plain dict is flattened sorted
 
 
 class RowSelection(Module):

@@ -107,9 +107,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             return []
         return list(state.drafts[: max(0, context.max_length - len(context.tokens) - 1)])
 
-    def _sample(
-        self, logits: Buffer, ahead: list[TextContext], bitmask: npt.NDArray[np.int32] | None
-    ) -> list[int]:
+    def _sample(self, logits: Buffer, ahead: list[TextContext], bitmask: npt.NDArray[np.int32] | None) -> list[int]:
         """One token for each row of `logits`, drawn as the plain pipeline would draw it at that position."""
         sampler = self._sampler_without_bitmask if bitmask is None else self._sampler_with_bitmask
         assert sampler is not None

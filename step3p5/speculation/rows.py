@@ -88,7 +88,8 @@ def draft_rows(advances: Sequence[Advance], num_hidden_rows: int, depth: int, ke
         tokens=np.concatenate(tokens),
         following=np.concatenate(following),
         known=tuple(
-            np.array([_token(advance.tokens, advance.end + 1 + index) for advance in advances]) for index in range(depth)
+            np.array([_token(advance.tokens, advance.end + 1 + index) for advance in advances])
+            for index in range(depth)
         ),
         input_row_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32),
         cache_lengths=np.array([advance.start - advance.kept for advance in advances], dtype=np.uint32),

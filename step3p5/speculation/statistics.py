@@ -16,7 +16,7 @@ class Statistics:
 
     def __init__(self, depth: int) -> None:
         self.verified = [0] * depth
-        """How often a draft of each depth was verified, the ones before it accepted or not."""
+        """How often a draft of each depth was verified and the ones before it were accepted."""
         self.accepted = [0] * depth
         """How often a draft of each depth was accepted."""
         self.steps = 0
@@ -31,7 +31,7 @@ class Statistics:
         depth = max((verified for verified, _ in requests), default=0)
         accepted_now = [sum(accepted > index for _, accepted in requests) for index in range(depth)]
         for index in range(depth):
-            self.verified[index] += sum(verified > index for verified, _ in requests)
+            self.verified[index] += sum(verified > index <= accepted for verified, accepted in requests)
             self.accepted[index] += accepted_now[index]
         return _SpeculativeDecodingMetrics(depth, accepted_now, len(requests))
 
@@ -44,8 +44,5 @@ class Statistics:
     @property
     def acceptance(self) -> list[float]:
         """For each depth, the share of its drafts accepted among those whose predecessors were; 0 where none was."""
-        reached = [self.verified[:1], *([accepted] for accepted in self.accepted[:-1])]
-        before = [count for counts in reached for count in counts]
-        return [
-            accepted / count if count else 0.0 for accepted, count in zip(self.accepted, before, strict=True)
-        ]
+        counts = zip(self.accepted, self.verified, strict=True)
+        return [accepted / verified if verified else 0.0 for accepted, verified in counts]
