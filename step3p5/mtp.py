@@ -1,4 +1,4 @@
-"""The graph of one multi-token-prediction depth: it joins the last hidden state with the next token and drafts one more.
+"""The graph of one multi-token-prediction depth: from a hidden state and the token after it, the next token.
 
 Depth `k` at position `i` reads the token at `i + k + 1` and the hidden state at `i` of depth `k - 1` (of the target,
 before its final norm, for `k = 0`), and predicts the token at `i + k + 2`:
@@ -136,7 +136,7 @@ class MTPDepth(Module):
         def forward(*inputs: Value[Any]) -> tuple[TensorValue, ...]:
             values = [value.tensor for value in inputs[:7]]
             (collection,) = self.kv_params.unflatten_kv_inputs(iter(inputs[7:]))
-            return self(*values, kv_collection=collection)
+            return self(*values, collection)
 
         return Graph(
             name or type(self).__name__,

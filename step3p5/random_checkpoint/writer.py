@@ -58,8 +58,8 @@ def write_random_checkpoint(
     Everything goes to `<out>.partial` first, which is renamed when complete and removed on any exception.
 
     Raises:
-        RandomCheckpointError: `out` is in use, `num_layers` or `predictable` is out of range, or the disk is too full. Nothing is
-            written then.
+        RandomCheckpointError: `out` is in use, `num_layers` or `predictable` is out of range, or the disk is too full.
+            Nothing is written then.
         OSError: writing failed. What was written is removed.
     """
     shape = PRESETS[preset]

@@ -1,1 +1,1 @@
-"""Speculative decoding with the model's own MTP layers: drafts by `step3p5.mtp`, verified by the model in one forward."""
+"""Speculative decoding with the model's own MTP layers, which `step3p5.mtp` runs; the model verifies in one forward."""

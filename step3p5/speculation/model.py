@@ -163,7 +163,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         drafted = []
         for depth, known in enumerate(plan.known):
             layer = config.drafting_layers[depth]
-            cache = self._draft_cache(kv_cache_inputs[str(layer.attention.kind)][0], plan)  # type: ignore[index]
+            cache = self._draft_cache(kv_cache_inputs[str(layer.attention.kind)][0], plan)
             previous, tokens, chosen, _ = self.drafts[depth].execute(
                 previous,
                 tokens,
