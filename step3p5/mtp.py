@@ -134,9 +134,9 @@ class MTPDepth(Module):
         """Traces the graph over `input_types()`; see `max.nn.Module.trace`."""
 
         def forward(*inputs: Value[Any]) -> tuple[TensorValue, ...]:
-            values = [value.tensor for value in inputs[:7]]
+            previous, tokens, following, known, row_offsets, cache_layer, limit = (v.tensor for v in inputs[:7])
             (collection,) = self.kv_params.unflatten_kv_inputs(iter(inputs[7:]))
-            return self(*values, collection)
+            return self(previous, tokens, following, known, row_offsets, cache_layer, limit, collection)
 
         return Graph(
             name or type(self).__name__,

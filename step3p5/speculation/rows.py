@@ -1,7 +1,7 @@
 """Which rows the drafts read in a step: host bookkeeping between the target's ragged batch and the depths'.
 
-Depth `k`'s key at position `i` holds the token at `i + k + 1`. When a step ends with the last token at position `p + 1`,
-only depth 0 has seen nothing but chosen tokens up to `p`; depth `k` has filled the last `k` positions with drafts. They
+Depth `k`'s key at position `i` holds the token at `i + k + 1`. When a step ends with the last token at `p + 1`, only
+depth 0 has seen nothing but chosen tokens up to `p`; depth `k` has filled the last `k` positions with drafts. They
 are written again in the next step, with the tokens that were chosen, together with the positions that the step
 verified: every depth then holds what a pass over the chosen tokens alone would have left.
 """
