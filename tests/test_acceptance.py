@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from max.driver import CPU
+from max.driver import CPU, Buffer
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.graph import DeviceRef
 from max.pipelines.context import SamplingParams, TextContext
+from max.pipelines.sampling import SamplingConfig, TopKSampler
 from max.pipelines.sampling.sampling_logits_processor import PenaltyInputs, SamplerInputs
 from speculation import request
 
@@ -86,3 +93,47 @@ def test_acceptance_is_counted_among_drafts_whose_predecessors_were_right() -> N
     metrics = statistics.record_step([(2, 2), (2, 0), (1, 1)])
     assert (metrics.accepted_per_position, metrics.num_verifications) == ([2, 1], 3)
     assert statistics.acceptance == pytest.approx([2 / 3, 1 / 1])
+
+
+def test_what_is_emitted_has_the_targets_distribution() -> None:
+    """5,000 requests, three drafts each (20,000 draws), on one set of logits: chi-square over every sequence that can come out."""
+    rng = np.random.default_rng(3)
+    num_requests, vocab_size, temperature = 5_000, 12, 0.8
+    logits = rng.normal(size=(4, vocab_size)).astype(np.float32)
+    drafts = [int(np.argsort(row)[-2]) for row in logits[:3]]
+    sampling = [
+        SamplingParams(temperature=temperature, top_k=-1, seed=16 * index, ignore_eos=True)
+        for index in range(num_requests)
+    ]
+    contexts = [request([3, 4], 20, params) for params in sampling]
+    ahead = [view for context in contexts for view in contexts_ahead(context, drafts)]
+    drawn = sample(np.tile(logits, (num_requests, 1)), ahead).reshape(num_requests, 4)
+    emitted = Counter(tuple(row[: num_accepted(drafts, row) + 1]) for row in drawn.tolist())
+
+    probabilities = np.exp(logits / temperature)
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    expected = {
+        (*drafts[:accepted], token): float(
+            np.prod([probabilities[i, drafts[i]] for i in range(accepted)]) * probabilities[accepted, token]
+        )
+        for accepted in range(4)
+        for token in range(vocab_size)
+        if accepted == 3 or token != drafts[accepted]
+    }
+    assert set(emitted) <= set(expected)
+    assert sum(expected.values()) == pytest.approx(1.0)
+    cells = {outcome: num_requests * share for outcome, share in expected.items() if num_requests * share >= 5}
+    statistic = sum((emitted[outcome] - count) ** 2 / count for outcome, count in cells.items())
+    freedom = len(cells) - 1
+    # Five standard deviations of the chi-square distribution; a draft that is kept too often shows as hundreds.
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom), f"chi-square {statistic:.0f} with {freedom} degrees"
+
+
+def sample(logits: np.ndarray, contexts: list[TextContext]) -> np.ndarray:
+    """Draws one token a row with the sampler of the plain pipeline."""
+    sampler = TopKSampler(SamplingConfig(), device=DeviceRef.CPU())
+    graph = sampler.trace(*sampler.input_types, name=TopKSampler.GRAPH_NAME)
+    model = InferenceSession(devices=[CPU()]).load(graph)
+    inputs = SamplerInputs.create(contexts, CPU()).as_list()
+    previous = Buffer(shape=(len(contexts), 0), dtype=DType.int64, device=CPU())
+    return np.array(model.execute(Buffer.from_numpy(logits), previous, *inputs)[0].to_numpy())
