@@ -23,7 +23,12 @@ def load(folder: Path, depth: int, max_batch_size: int = 8, **options: Any) -> A
     """A model on the CPU that drafts `depth` deep; `depth` 0 is the plain pipeline."""
     settings: dict[str, Any] = {"custom_architectures": ["pipelines_registry"], "max_length": 1024} | options
     if depth:
-        settings |= {"speculative_method": "mtp", "num_speculative_tokens": depth}
+        always = [{"batch_start": 1, "batch_end": 1024, "num_tokens": depth}]
+        settings |= {
+            "speculative_method": "mtp",
+            "num_speculative_tokens": depth,
+            "num_speculative_tokens_per_batch_size": always,
+        } | options
     return AutoModel(str(folder), max_batch_size=max_batch_size, devices="cpu", **settings)
 
 
@@ -91,11 +96,12 @@ class Recorder:
     def _draft(self, *arguments: Any) -> Any:
         self._depth_logits.clear()
         drafted, keep = self._originals[1](*arguments)
-        for index, context in enumerate(self._contexts):
+        for place, index in enumerate(arguments[-1]):
+            context = self._contexts[index]
             # A prompt still read in chunks drafts nothing that will be verified.
-            if not context.is_done and context.tokens.active_length == 1:
-                logits = [depth[index] for depth in self._depth_logits]
-                self.drafted.append((context.tokens.all.tolist(), drafted[index].tolist(), logits))
+            if context.tokens.active_length == 1:
+                logits = [depth[place] for depth in self._depth_logits]
+                self.drafted.append((context.tokens.all.tolist(), drafted[place].tolist(), logits))
         return drafted, keep
 
     def check(self, reference: Reference) -> None:

@@ -70,14 +70,15 @@ def test_all_but_the_last_committed_token_count_as_processed() -> None:
 
 
 def test_the_rows_that_the_drafts_read() -> None:
-    running = Advance(tokens=np.array([10, 11, 12, 13, 14, 15]), start=3, end=5, first_row=0, kept=2)
-    chunk = Advance(tokens=np.array([20, 21, 22, 23]), start=0, end=2, first_row=4, kept=0)
-    plan = draft_rows([running, chunk], num_hidden_rows=6, depth=3, keep=2)
+    running = Advance(np.array([10, 11, 12, 13, 14, 15]), start=3, end=5, first_row=0, kept=2, drafts=True, keep=2)
+    resting = Advance(np.array([30, 31, 32]), start=1, end=2, first_row=2, kept=0, drafts=False, keep=1)
+    chunk = Advance(np.array([20, 21, 22, 23]), start=0, end=2, first_row=4, kept=0, drafts=True, keep=2)
+    plan = draft_rows([running, resting, chunk], num_hidden_rows=6, depth=3)
     assert plan.rows.tolist() == [6, 7, 0, 1, 4, 5]
     assert plan.tokens.tolist() == [12, 13, 14, 15, 21, 22]
     assert plan.following.tolist() == [1, 2, 3, 6, 5, 7]
-    assert plan.keep.tolist() == [0, 1, 4, 5]
-    assert plan.keep_counts == (2, 2)
+    assert plan.keep.tolist() == [0, 1, 2, 4, 5]
+    assert plan.keep_counts == (2, 1, 2)
     assert [known.tolist() for known in plan.known] == [
         [UNKNOWN_TOKEN, 23],
         [UNKNOWN_TOKEN, UNKNOWN_TOKEN],
@@ -96,7 +97,7 @@ def test_acceptance_is_counted_among_drafts_whose_predecessors_were_right() -> N
 
 
 def test_what_is_emitted_has_the_targets_distribution() -> None:
-    """5,000 requests, three drafts each (20,000 draws), on one set of logits: chi-square over every sequence that can come out."""
+    """20,000 draws for 5,000 requests of three drafts on one set of logits: chi-square over all that can come out."""
     rng = np.random.default_rng(3)
     num_requests, vocab_size, temperature = 5_000, 12, 0.8
     logits = rng.normal(size=(4, vocab_size)).astype(np.float32)

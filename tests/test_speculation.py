@@ -18,6 +18,7 @@ from speculation import GREEDY, Recorder, generate, load, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
+from step3p5.speculation.policy import DraftPlan, FixedDepth
 
 AGREEMENT = 0.7
 DEPTH = 3
@@ -108,6 +109,34 @@ def test_an_end_token_among_accepted_drafts_ends_the_request(
         sampling = dataclasses.replace(GREEDY, ignore_eos=False)
         (got,) = generate(drafting, [request(prompt, 40, sampling, eos=[end])])
         assert got == tokens[: tokens.index(end) + 1]
+
+
+@pytest.mark.parametrize("lengths", [(40,), (3, 250, 130)])
+def test_drafting_goes_on_after_a_rest_as_if_there_had_been_none(
+    plain: AutoModel,
+    drafting: AutoModel,
+    predictable: Path,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: tuple[int, ...],
+) -> None:
+    monkeypatch.setattr(drafting.pipeline, "policy", FickleDepth(rng))
+    prompts = prompts_of(rng, *lengths)
+    want = generate(plain, [request(prompt, 24) for prompt in prompts])
+    with Recorder(drafting) as recorder:
+        assert generate(drafting, [request(prompt, 24) for prompt in prompts]) == want
+    recorder.check(Reference.from_checkpoint(predictable))
+
+
+class FickleDepth(FixedDepth):
+    """Drafts at any depth for any number of requests, another one every step."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        super().__init__([], DEPTH)
+        self._rng = rng
+
+    def plan(self, batch: int, pure: bool) -> DraftPlan:
+        return DraftPlan(int(self._rng.integers(0, DEPTH + 1)), int(self._rng.integers(1, batch + 1)))
 
 
 def test_most_drafts_are_accepted_at_every_depth(drafting: AutoModel) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from max.pipelines.lib import PipelineConfig
 from max.pipelines.speculative.config import SpeculativeConfig
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
 from ..checkpoint_files import check_specs, layer_tensors, read_headers
 from ..checkpoint_tensors import mtp_layer_tensors
@@ -15,7 +15,7 @@ from ..layer_config import LayerConfig, ModelConfig
 from ..pretrained_config import as_step3p5_config
 
 
-def requested_depth(speculative: SpeculativeConfig, huggingface_config: AutoConfig, _draft: Any = None) -> int:
+def requested_depth(speculative: SpeculativeConfig, huggingface_config: PreTrainedConfig, _draft: Any = None) -> int:
     """`--num-speculative-tokens` as far as the checkpoint has MTP layers; all of them where it is not given."""
     layers = len(as_step3p5_config(huggingface_config).model_config.mtp_layers)
     asked = speculative.num_speculative_tokens

@@ -51,6 +51,16 @@ class SpeculativeStep3p5Model(Step3p5Model):
         """How many tokens can be drafted."""
         return len(self.drafts)
 
+    @property
+    def rows_to_go_on(self) -> int:
+        """Positions whose hidden states let every depth go on after a rest as if there had been none.
+
+        Depth `k`'s keys reach as far back as its window, and each was made by depth `k - 1` with a window of its own.
+        """
+        config = self.arch_config_as(Step3p5Config)
+        windows = [layer.attention.sliding_window or self.max_seq_len for layer in config.drafting_layers]
+        return min(sum(windows), self.max_seq_len)
+
     @override
     def load_graphs(self, session: InferenceSession) -> dict[str, Model]:
         """Compiles and initializes the target, the depths and the row selection."""
@@ -140,30 +150,34 @@ class SpeculativeStep3p5Model(Step3p5Model):
         hidden: Buffer,
         kept: npt.NDArray[Any],
         kv_cache_inputs: KVCacheInputs[Buffer, Buffer],
+        drafting: Sequence[int],
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-        """Drafts one token of each request with each depth that `plan` names.
+        """Drafts one token of each drafting request with each depth that `plan` names.
 
         Args:
             plan: The rows to read.
             hidden: The target's hidden states of this step.
             kept: Hidden states kept from earlier steps, `[kept, hidden_size]`.
             kv_cache_inputs: The cache as given to `verify`.
+            drafting: The drafting requests' places in the batch that was verified.
 
         Returns:
-            The drafted tokens `[batch, depths]`, and the hidden states to keep, `[len(plan.keep), hidden_size]`.
+            The drafted tokens `[len(drafting), depths]`, and the hidden states to keep `[len(plan.keep), hidden_size]`.
         """
         assert self._selection is not None
         config = self.arch_config_as(Step3p5Config)
         previous, keep = self._selection.execute(
             hidden, self._on_device(kept), self._on_device(plan.rows), self._on_device(plan.keep)
         )
+        if not drafting:
+            return np.empty((0, 0), dtype=np.int64), keep.to_numpy()
         tokens, following = self._on_device(plan.tokens), self._on_device(plan.following)
         row_offsets = self._on_device(plan.input_row_offsets)
         cache_layers = index_within_cache((*config.model.layers, *config.drafting_layers))[len(config.model.layers) :]
         drafted = []
         for depth, known in enumerate(plan.known):
             layer = config.drafting_layers[depth]
-            cache = self._draft_cache(kv_cache_inputs[str(layer.attention.kind)][0], plan)
+            cache = self._draft_cache(kv_cache_inputs[str(layer.attention.kind)][0], plan, drafting)
             previous, tokens, chosen, _ = self.drafts[depth].execute(
                 previous,
                 tokens,
@@ -178,10 +192,11 @@ class SpeculativeStep3p5Model(Step3p5Model):
         return np.stack([chosen.to_numpy() for chosen in drafted], axis=1), keep.to_numpy()
 
     def _draft_cache(
-        self, cache: KVCacheInputsPerDevice[Buffer, Buffer], plan: DraftRows
+        self, cache: KVCacheInputsPerDevice[Buffer, Buffer], plan: DraftRows, drafting: Sequence[int]
     ) -> KVCacheInputsPerDevice[Buffer, Buffer]:
         return dataclasses.replace(
             cache,
+            lookup_table=self._on_device(cache.lookup_table.to_numpy()[list(drafting)]),
             cache_lengths=self._on_device(plan.cache_lengths),
             max_prompt_length=Buffer.from_numpy(np.array([plan.max_prompt_length], dtype=np.uint32)),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,21 +20,10 @@ from typing_extensions import override
 
 from .acceptance import can_verify_drafts, commit, contexts_ahead, num_accepted
 from .model import SpeculativeStep3p5Model
+from .policy import AdaptiveDepth, DraftPlan, FixedDepth
 from .rows import Advance, draft_rows
+from .state import RequestState, concatenated
 from .statistics import Statistics
-
-
-@dataclass(frozen=True)
-class DraftState:
-    """What a request carries from one step to the next.
-
-    `position` is its processed length then: a request that was preempted since starts over. `kept` are the hidden
-    states `[kept, hidden_size]` of the last positions before it.
-    """
-
-    position: int
-    kept: npt.NDArray[Any]
-    drafts: tuple[int, ...]
 
 
 class SpeculativePipeline(TextGenerationPipeline[TextContext]):
@@ -49,9 +37,17 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._states: dict[RequestID, DraftState] = {}
+        self._states: dict[RequestID, RequestState] = {}
         self._step_metrics: _SpeculativeDecodingMetrics | None = None
+        self._planned = DraftPlan(0, 0)
         self.statistics = Statistics(self._pipeline_model.depth)
+        speculative = self._pipeline_config.speculative
+        schedule = speculative.verify_width_schedule if speculative is not None else None
+        self.policy: FixedDepth | AdaptiveDepth = (
+            AdaptiveDepth(self._pipeline_model.depth)
+            if schedule is None
+            else FixedDepth(schedule, self._pipeline_model.depth)
+        )
 
     def batch_spec_decode_metrics(self) -> _SpeculativeDecodingMetrics | None:
         """Acceptance of the last step, for the scheduler's log and `/metrics`; `None` without speculation."""
@@ -77,6 +73,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         started = time.perf_counter()
         states = [self._state(context) for context in batch]
         drafts = [self._drafts_to_verify(context, state) for context, state in zip(batch, states, strict=True)]
+        pure = all(context.tokens.active_length == 1 and context.tokens.generated_length for context in batch)
         ahead = flatten2d([contexts_ahead(context, d) for context, d in zip(batch, drafts, strict=True)])
         bitmask = self.initialize_bitmask(ahead)
         if bitmask is not None:
@@ -87,23 +84,29 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         kv_cache_inputs = self._kv_manager.runtime_inputs(inputs.batches)
         logits, hidden = self._pipeline_model.verify(batch, drafts, kv_cache_inputs)
         drawn = self._sample(logits, ahead, bitmask)
-        advances = self._commit(batch, drafts, states, drawn)
+        first_rows = self._commit(batch, drafts, drawn)
         verified = time.perf_counter()
         outputs = {c.request_id: output for c in batch if (output := c.to_generation_output()).tokens}
-        if not all(context.is_done for context in batch):
-            self._draft(batch, advances, states, hidden, kv_cache_inputs)
+        if pure and self._planned.num_requests == len(batch):
+            self.policy.record_verification(len(batch), self._planned.depth, verified - started)
+        self._draft(batch, states, first_rows, hidden, kv_cache_inputs, pure)
         self.statistics.record_times(verified - started, time.perf_counter() - verified)
         for context in batch:
             self._kv_manager.step(context)
         return outputs
 
-    def _state(self, context: TextContext) -> DraftState | None:
+    def _state(self, context: TextContext) -> RequestState:
+        """The request's state; a new one where it is new, or was preempted."""
         state = self._states.get(context.request_id)
-        return state if state is not None and state.position == context.tokens.processed_length else None
+        if state is None or state.position != context.tokens.processed_length:
+            model = self._pipeline_model
+            state = RequestState(context.tokens.processed_length, model.depth, model.rows_to_go_on)
+            self._states[context.request_id] = state
+        return state
 
-    def _drafts_to_verify(self, context: TextContext, state: DraftState | None) -> list[int]:
+    def _drafts_to_verify(self, context: TextContext, state: RequestState) -> list[int]:
         """The request's drafts, as far as there is room for them before its maximum length."""
-        if state is None or context.tokens.active_length != 1 or not can_verify_drafts(context):
+        if context.tokens.active_length != 1 or not can_verify_drafts(context):
             return []
         return list(state.drafts[: max(0, context.max_length - len(context.tokens) - 1)])
 
@@ -125,19 +128,17 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         tokens: list[int] = processor.get_new_tokens_numpy().ravel().tolist()
         return tokens
 
-    def _commit(
-        self,
-        batch: Sequence[TextContext],
-        drafts: Sequence[list[int]],
-        states: Sequence[DraftState | None],
-        drawn: list[int],
-    ) -> list[Advance]:
-        """Appends to each request what was drawn for it up to the first rejected draft, and counts acceptance."""
-        advances = []
-        accepted_counts = []
-        next_draw = first_row = 0
-        for context, own, state in zip(batch, drafts, states, strict=True):
-            start, num_rows = context.tokens.processed_length, context.tokens.active_length + len(own)
+    def _commit(self, batch: Sequence[TextContext], drafts: Sequence[list[int]], drawn: list[int]) -> list[int]:
+        """Appends to each request what was drawn for it up to the first rejected draft, and counts acceptance.
+
+        Returns:
+            Each request's first row in the step's ragged batch.
+        """
+        first_rows, counts = [], []
+        next_draw = next_row = 0
+        for context, own in zip(batch, drafts, strict=True):
+            first_rows.append(next_row)
+            next_row += context.tokens.active_length + len(own)
             tokens = drawn[next_draw : next_draw + len(own) + 1]
             next_draw += len(tokens)
             if context.tokens.actively_chunked:
@@ -146,39 +147,55 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
                 accepted = num_accepted(own, tokens)
                 commit(context, tokens[: accepted + 1])
                 if own:
-                    accepted_counts.append((len(own), accepted))
-            advances.append(
-                Advance(
-                    tokens=context.tokens.all,
-                    start=start,
-                    end=context.tokens.processed_length,
-                    first_row=first_row,
-                    kept=0 if state is None else len(state.kept),
-                )
-            )
-            first_row += num_rows
+                    counts.append((len(own), accepted))
             context.spec_decoding_state.draft_tokens_to_verify = []
-        self._step_metrics = self.statistics.record_step(accepted_counts)
-        return advances
+        self._step_metrics = self.statistics.record_step(counts)
+        self.policy.record_acceptance(counts)
+        return first_rows
 
     def _draft(
         self,
         batch: Sequence[TextContext],
-        advances: list[Advance],
-        states: Sequence[DraftState | None],
+        states: Sequence[RequestState],
+        first_rows: Sequence[int],
         hidden: Buffer,
         kv_cache_inputs: Any,
+        pure: bool,
     ) -> None:
+        """Lets the depths read what the step verified and draft, for the requests that the policy names."""
         model = self._pipeline_model
-        plan = draft_rows(advances, int(hidden.shape[0]), model.depth, keep=model.depth - 1)
-        empty = np.empty((0, int(hidden.shape[1])), dtype=hidden.dtype.to_numpy())
-        kept = np.concatenate([empty, *(state.kept for state in states if state is not None)])
-        drafted, keep = model.draft(plan, hidden, kept, kv_cache_inputs)
-        splits = np.split(keep, np.cumsum(plan.keep_counts)[:-1])
-        for context, row, rows in zip(batch, drafted, splits, strict=True):
+        running = [index for index, context in enumerate(batch) if not context.is_done]
+        for context in batch:
             if context.is_done:
                 self._states.pop(context.request_id, None)
-            else:
-                self._states[context.request_id] = DraftState(
-                    context.tokens.processed_length, np.array(rows), tuple(row.tolist())
-                )
+        if not running:
+            return
+        plan = self.policy.plan(len(running), pure)
+        self._planned = plan
+        started = time.perf_counter()
+        if plan.depth:
+            # Those with the least to catch up with: the same ones again in the next step.
+            behind = {index: states[index].position - states[index].first_unread(plan.depth) for index in running}
+            drafting = sorted(sorted(running, key=behind.__getitem__)[: plan.num_requests])
+        else:
+            drafting = []
+        advances = []
+        for index in running:
+            end, start = batch[index].tokens.processed_length, states[index].position
+            depth = plan.depth if index in drafting else 0
+            unread = states[index].first_unread(plan.depth) if depth else start
+            keep = min(states[index].rows_to_keep(end, depth), end - start)
+            advances.append(
+                Advance(batch[index].tokens.all, start, end, first_rows[index], start - unread, depth > 0, keep)
+            )
+        rows = draft_rows(advances, int(hidden.shape[0]), plan.depth)
+        pieces = [p for i, a in zip(running, advances, strict=True) for p in states[i].rows_from(a.start - a.kept)]
+        kept = concatenated(pieces, int(hidden.shape[1]), hidden.dtype.to_numpy())
+        drafted, new_rows = model.draft(rows, hidden, kept, kv_cache_inputs, drafting)
+        splits = np.split(new_rows, np.cumsum(rows.keep_counts)[:-1])
+        own_drafts = dict(zip(drafting, drafted.tolist(), strict=True))
+        for index, advance, own_rows in zip(running, advances, splits, strict=True):
+            depth = plan.depth if advance.drafts else 0
+            states[index].advance(advance.end, depth, own_rows, own_drafts.get(index, ()))
+        if plan.depth and pure and plan.num_requests == len(running) and rows.max_prompt_length <= 2 * model.depth:
+            self.policy.record_drafting(len(running), plan.depth, time.perf_counter() - started)
