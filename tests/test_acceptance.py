@@ -16,7 +16,7 @@ from max.graph import DeviceRef
 from max.pipelines.context import SamplingParams, TextContext
 from max.pipelines.sampling import SamplingConfig, TopKSampler
 from max.pipelines.sampling.sampling_logits_processor import PenaltyInputs, SamplerInputs
-from speculation import request
+from speculation_harness import request
 
 from step3p5.mtp import UNKNOWN_TOKEN
 from step3p5.speculation.acceptance import commit, contexts_ahead, num_accepted

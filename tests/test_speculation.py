@@ -14,7 +14,7 @@ from max.pipelines.context import SamplingParams
 from max.pipelines.lib.auto_model import AutoModel
 from max.pipelines.modeling.types import TextGenerationInputs
 from reference import Reference
-from speculation import GREEDY, Recorder, generate, load, request
+from speculation_harness import GREEDY, Recorder, generate, load, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint

@@ -14,7 +14,7 @@ import pytest
 from harness import Runner
 from max.pipelines.speculative.config import SpeculativeConfig
 from safetensors.numpy import load_file, save_file
-from speculation import generate, load, request
+from speculation_harness import generate, load, request
 
 from step3p5.checkpoint_files import CheckpointError, StoredTensor
 from step3p5.checkpoint_tensors import mtp_layer_tensors
