@@ -99,7 +99,7 @@ class Recorder:
         for place, index in enumerate(arguments[-1]):
             context = self._contexts[index]
             # A prompt still read in chunks drafts nothing that will be verified.
-            if context.tokens.active_length == 1:
+            if context.tokens.processed_length + 1 == len(context.tokens):
                 logits = [depth[place] for depth in self._depth_logits]
                 self.drafted.append((context.tokens.all.tolist(), drafted[place].tolist(), logits))
         return drafted, keep

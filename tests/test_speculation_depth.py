@@ -18,6 +18,7 @@ from speculation_harness import generate, load, request
 
 from step3p5.checkpoint_files import CheckpointError, StoredTensor
 from step3p5.checkpoint_tensors import mtp_layer_tensors
+from step3p5.config_fields import ConfigError
 from step3p5.config_parser import parse_model_config
 from step3p5.layer_config import ModelConfig
 from step3p5.pretrained_config import Step3p5PretrainedConfig
@@ -43,6 +44,19 @@ def test_the_flag_is_bounded_by_the_checkpoints_layers(
 ) -> None:
     speculative = SpeculativeConfig(speculative_method="mtp", **asked)
     assert requested_depth(speculative, Step3p5PretrainedConfig(**config)) == depth
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        ({"use_relaxed_acceptance_for_thinking": True}, "--use-relaxed-acceptance-for-thinking: found True"),
+        ({"synthetic_acceptance_rate": 0.0}, r"--synthetic-acceptance-rate: found 0\.0"),
+        ({"draft_proposal": "sampled"}, "--draft-proposal: found sampled"),
+    ],
+)
+def test_what_would_change_the_text_is_refused(config: dict[str, Any], option: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        requested_depth(SpeculativeConfig(speculative_method="mtp", **option), Step3p5PretrainedConfig(**config))
 
 
 def stored(model: ModelConfig, layers: int) -> dict[str, StoredTensor]:

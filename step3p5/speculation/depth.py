@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from max.pipelines.lib import PipelineConfig
@@ -11,12 +11,30 @@ from transformers import PreTrainedConfig
 
 from ..checkpoint_files import check_specs, layer_tensors, read_headers
 from ..checkpoint_tensors import mtp_layer_tensors
+from ..config_fields import ConfigError
 from ..layer_config import LayerConfig, ModelConfig
 from ..pretrained_config import as_step3p5_config
 
+UNSUPPORTED: Mapping[str, Callable[[SpeculativeConfig], object]] = {
+    "use-relaxed-acceptance-for-thinking": lambda config: config.use_relaxed_acceptance_for_thinking or None,
+    "synthetic-acceptance-rate": lambda config: config.synthetic_acceptance_rate,
+    "draft-proposal": lambda config: config.draft_proposal if config.draft_proposal != "argmax" else None,
+}
+"""Flags of MAX's that are refused, and what was given for them."""
+
 
 def requested_depth(speculative: SpeculativeConfig, huggingface_config: PreTrainedConfig, _draft: Any = None) -> int:
-    """`--num-speculative-tokens` as far as the checkpoint has MTP layers; all of them where it is not given."""
+    """`--num-speculative-tokens` as far as the checkpoint has MTP layers; all of them where it is not given.
+
+    Raises:
+        ConfigError: An option is set that would change what is generated, or that this speculation does not have.
+    """
+    for flag, found in UNSUPPORTED.items():
+        if (value := found(speculative)) is not None:
+            raise ConfigError(
+                f"--{flag}: found {value}, expected it unset: with --speculative-method mtp this model emits what it "
+                "would have emitted without, and drafts greedily. Remove the flag."
+            )
     layers = len(as_step3p5_config(huggingface_config).model_config.mtp_layers)
     asked = speculative.num_speculative_tokens
     if asked is None or "num_speculative_tokens" not in speculative.model_fields_set:

@@ -18,6 +18,7 @@ from max.pipelines.context import TextContext
 from max.pipelines.lib.graph_specs import GraphRole, GraphSpec
 from typing_extensions import override
 
+from ..config_fields import ConfigError
 from ..model import Step3p5Model
 from ..model_config import Step3p5Config
 from ..mtp import MTPDepth, depth_weights, swiglu_limit
@@ -85,6 +86,14 @@ class SpeculativeStep3p5Model(Step3p5Model):
         drafting, device = model_config.drafting_layers, model_config.devices[0]
         if not drafting:
             return super().graph_specs(model_config)
+        if len(model_config.devices) > 1:
+            raise ConfigError(
+                f"--devices: found {len(model_config.devices)}, expected 1 with --speculative-method mtp."
+            )
+        if self.pipeline_config.model.enable_echo:
+            raise ConfigError(
+                "--enable-echo: found with --speculative-method mtp, expected one of them. Remove either."
+            )
         prefixes = tuple(f"layers.{layer.index}." for layer in drafting)
         decoder = {name: data for name, data in self.state_dict.items() if not name.startswith(prefixes)}
         target = VerifyingStep3p5(model_config)

@@ -196,6 +196,8 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         own_drafts = dict(zip(drafting, drafted.tolist(), strict=True))
         for index, advance, own_rows in zip(running, advances, splits, strict=True):
             depth = plan.depth if advance.drafts else 0
-            states[index].advance(advance.end, depth, own_rows, own_drafts.get(index, ()))
+            # Amid a prompt the next tokens are known: what was drafted stands for none.
+            drafts = own_drafts.get(index, ()) if advance.end + 1 == len(advance.tokens) else ()
+            states[index].advance(advance.end, depth, own_rows, drafts)
         if plan.depth and pure and plan.num_requests == len(running) and rows.max_prompt_length <= 2 * model.depth:
             self.policy.record_drafting(len(running), plan.depth, time.perf_counter() - started)
