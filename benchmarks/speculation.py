@@ -41,7 +41,7 @@ from step3p5.pretrained_config import as_step3p5_config
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
 from step3p5.speculation.statistics import Statistics
 
-PROMPT_TOKENS = 64
+PROMPT_TOKENS, MAX_LENGTH = 64, 1024
 FIRST_TEXT_TOKEN = 16
 
 
@@ -208,7 +208,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", metavar="N", type=positive_int, default=3, help="(default: %(default)s)")
     add("--predict", metavar="P", type=float, help="print the speed-up by bytes at acceptance P and end")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if PROMPT_TOKENS + options.new_tokens > MAX_LENGTH:
+        parser.error(f"--new-tokens: found {options.new_tokens}, expected at most {MAX_LENGTH - PROMPT_TOKENS}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -229,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         devices="cpu",
         custom_architectures=["pipelines_registry"],
         max_batch_size=max(options.batches),
-        max_length=PROMPT_TOKENS + options.new_tokens,
+        max_length=MAX_LENGTH,
     )
     plain = AutoModel(options.model, **settings)
     drafting = AutoModel(options.model, speculative_method="mtp", num_speculative_tokens=max(depths), **settings)
