@@ -74,6 +74,16 @@ class Step3p5(Module):
             The last tokens' logits, `[batch, vocab_size]` float32; then what `return_logits` and
             `return_hidden_states` add.
         """
+        h = self.decode(tokens, input_row_offsets, kv_collections)
+        return self.outputs(h, input_row_offsets, return_n_logits)
+
+    def decode(
+        self,
+        tokens: TensorValue,
+        input_row_offsets: TensorValue,
+        kv_collections: Mapping[AttentionKind, PagedCacheValues],
+    ) -> TensorValue:
+        """The last layer's output before the final norm, `[total_seq_len, hidden_size]`; arguments as of `__call__`."""
         layers = self.config.model.layers
         tables = self._rope_tables(tokens, input_row_offsets, kv_collections)
         cache_layers = index_within_cache(layers)
@@ -99,6 +109,12 @@ class Step3p5(Module):
             subgraph_layer_groups=layers_of_equal_shape(layers) if self.config.use_subgraphs else None,
             weight_prefix_for_layer=lambda index: f"layers.{index}.",
         )
+        return h
+
+    def outputs(
+        self, h: TensorValue, input_row_offsets: TensorValue, return_n_logits: TensorValue
+    ) -> tuple[TensorValue, ...]:
+        """What the graph returns of the last layer's output `h [total_seq_len, hidden_size]`; see `__call__`."""
         return logits_postprocess(
             h,
             input_row_offsets,

@@ -13,11 +13,12 @@ from max.pipelines.lib.config.model_config import _select_quantization_encoding
 from max.pipelines.modeling.config_enums import supported_encoding_dtype
 from transformers import AutoConfig
 
-from .checkpoint_files import StoredTensor, check_tensors, decoder_tensors, rename
-from .checkpoint_tensors import CheckpointDtype, TensorSpec, checkpoint_tensors
+from .checkpoint_files import StoredTensor, check_specs, check_tensors, decoder_tensors, layer_tensors, rename
+from .checkpoint_tensors import CheckpointDtype, TensorSpec, checkpoint_tensors, mtp_layer_tensors
 from .model_config import Step3p5Config
 from .pretrained_config import as_step3p5_config
 from .progress import with_progress
+from .speculation.depth import drafting_layers
 
 logger = logging.getLogger("max.pipelines")
 
@@ -39,23 +40,28 @@ def convert_safetensor_state_dict(
         pipeline_config: Says in which encoding to run.
 
     Returns:
-        The decoder's weights by graph name. MTP tensors are left out.
+        The weights by graph name: the decoder's, and those of the MTP layers that draft.
 
     Raises:
         CheckpointError: If a tensor is missing, unknown, or of another shape or type than the configuration says.
     """
     model = as_step3p5_config(huggingface_config).model_config
-    decoder = {name: weight.data() for name, weight in decoder_tensors(state_dict, model).items()}
-    check_tensors({name: _stored(data) for name, data in decoder.items()}, model)
+    weights = {name: weight.data() for name, weight in decoder_tensors(state_dict, model).items()}
+    check_tensors({name: _stored(data) for name, data in weights.items()}, model)
+    specs = checkpoint_tensors(model)
+    for layer in drafting_layers(pipeline_config, model):
+        own = {name: weight.data() for name, weight in layer_tensors(state_dict, layer).items()}
+        check_specs({name: _stored(data) for name, data in own.items()}, mtp_layer_tensors(model, layer))
+        weights |= own
+        specs |= mtp_layer_tensors(model, layer)
     encoding = _select_quantization_encoding(pipeline_config.model, Step3p5Config.DEFAULT_ENCODING)
     run_dtype = CheckpointDtype(supported_encoding_dtype(encoding).name)
-    specs = checkpoint_tensors(model)
-    casts = [name for name, data in decoder.items() if data.dtype != _graph_dtype(specs[name], run_dtype)]
+    casts = [name for name, data in weights.items() if data.dtype != _graph_dtype(specs[name], run_dtype)]
     if casts:
-        logger.info("Casting %d of %d tensors to run in %s.", len(casts), len(decoder), encoding)
-    for name in with_progress(casts, lambda name: _num_bytes(decoder[name]), f"Casting to {encoding}"):
-        decoder[name] = decoder[name].astype(_graph_dtype(specs[name], run_dtype))
-    return {rename(name, GRAPH_PREFIXES): data for name, data in decoder.items()}
+        logger.info("Casting %d of %d tensors to run in %s.", len(casts), len(weights), encoding)
+    for name in with_progress(casts, lambda name: _num_bytes(weights[name]), f"Casting to {encoding}"):
+        weights[name] = weights[name].astype(_graph_dtype(specs[name], run_dtype))
+    return {rename(name, GRAPH_PREFIXES): data for name, data in weights.items()}
 
 
 def _stored(data: WeightData) -> StoredTensor:
