@@ -21,6 +21,9 @@ START_UP = 600
 """Seconds for a server to compile and start on a small machine."""
 
 SHUT_DOWN = 60
+LOCALHOST = "0100007F"
+"""127.0.0.1 as /proc/net/tcp spells it."""
+
 MAX_LENGTH = 512
 MAX_BATCH_SIZE = 64
 CHUNK = 128
@@ -111,6 +114,13 @@ class Server:
             return httpx.get(f"{self.address}/health", timeout=5).is_success
         except httpx.TransportError:
             return False
+
+
+def listening_addresses(port: int) -> set[str]:
+    """The addresses on which something listens at `port`, as the system spells them (`LOCALHOST`)."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    local = [row[1].split(":") for row in rows if row[3] == "0A"]
+    return {address for address, number in local if int(number, 16) == port}
 
 
 def free_ports(count: int) -> list[int]:

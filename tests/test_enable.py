@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from server import LOCALHOST, listening_addresses
 
 from step3p5.config_fields import ConfigError
 from step3p5.enable import FILE_NAME, enable, main
@@ -210,6 +211,24 @@ def test_a_choice_of_another_model_is_refused(site: Path, elsewhere: Path, tmp_p
     )
 
 
+def test_a_server_of_this_package_keeps_to_localhost_unless_told_otherwise(site: Path, elsewhere: Path) -> None:
+    script = """
+import os, sys
+from max.serve.config import Settings
+
+def host(*arguments, **settings):
+    sys.argv = ["max", "serve", *arguments]
+    return Settings(**settings).host
+
+print(host("--model", "step3p5"), host("--model=step3p5"), host("--custom-architectures", "/x/y:pipelines_registry"))
+print(host("--model", "other"), host("--model", "step3p5", MAX_SERVE_HOST="0.0.0.0"))
+os.environ["MAX_SERVE_HOST"] = "10.0.0.1"
+print(host("--model", "step3p5"))
+"""
+    done = run([sys.executable, "-c", script], elsewhere, enabled(site))
+    assert done.stdout.split() == ["127.0.0.1"] * 3 + ["0.0.0.0"] * 2 + ["10.0.0.1"], done.stderr
+
+
 def test_max_serve_model_step3p5(site: Path, elsewhere: Path, tiny: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -231,6 +250,7 @@ def test_max_serve_model_step3p5(site: Path, elsewhere: Path, tiny: Path) -> Non
         with urllib.request.urlopen(request, timeout=120) as response:
             answer = json.load(response)
         assert answer["model"] == "step3p5"
+        assert listening_addresses(port) == {LOCALHOST}
         assert 0 < answer["usage"]["completion_tokens"] <= 4
     finally:
         process.send_signal(signal.SIGTERM)
