@@ -12,9 +12,12 @@ from .batch_processor import Step3p5BatchProcessor
 from .model import Step3p5Model
 from .model_config import Step3p5Config
 from .parsers import PARSER_NAME
+from .precision import allow_bfloat16_on_cpus
 from .speculation.arch import mtp_speculator
 from .tokenizer import Step3p5Tokenizer
 from .weight_adapters import convert_safetensor_state_dict
+
+allow_bfloat16_on_cpus()
 
 step3p5_arch = SupportedArchitecture(
     name="Step3p5ForCausalLM",

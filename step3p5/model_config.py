@@ -159,7 +159,8 @@ class Step3p5Config(Llama3Config):
         """One paged cache per attention kind; the sliding one keeps `sliding_window` tokens of each request.
 
         Raises:
-            ConfigError: If layers of one attention kind differ in their KV heads, `head_dim` or window.
+            ConfigError: If layers of one attention kind differ in their KV heads, `head_dim` or window, or
+                `--kv-cache-format` asks a CPU for another type than float32.
         """
         model = as_step3p5_config(huggingface_config).model_config
         drafting = drafting_layers(pipeline_config, model)
@@ -168,7 +169,7 @@ class Step3p5Config(Llama3Config):
         caches = {}
         for kind, (attention, num_layers) in _attention_kinds((*model.layers, *drafting)).items():
             caches[str(kind)] = kv_cache_config.to_params(
-                dtype=cache_dtype,
+                dtype=_cache_dtype(cache_dtype, kv_cache_config, devices[0]),
                 n_kv_heads=attention.num_key_value_heads,
                 head_dim=attention.head_dim,
                 num_layers=num_layers,
@@ -230,7 +231,7 @@ class Step3p5Config(Llama3Config):
         model_config = model_config or pipeline_config.model
         model = as_step3p5_config(huggingface_config).model_config
         encoding = _select_quantization_encoding(model_config, cls.DEFAULT_ENCODING)
-        devices = [DeviceRef(spec.device_type, spec.id) for spec in model_config.device_specs]
+        devices = device_refs(model_config)
         plan = parallel_plan(model, len(devices), pipeline_config.runtime.ep_size, model_config.data_parallel_degree)
         if any(device.is_cpu() for device in devices):
             _check_cpu_window(model)
@@ -259,6 +260,23 @@ class Step3p5Config(Llama3Config):
         """Fixes what the graph returns, which the pipeline decides after the configuration is made."""
         self.return_logits = return_logits
         self.return_hidden_states = return_hidden_states
+
+
+def device_refs(model_config: MAXModelConfig) -> list[DeviceRef]:
+    """The devices that the model is asked to run on."""
+    return [DeviceRef(spec.device_type, spec.id) for spec in model_config.device_specs]
+
+
+def _cache_dtype(dtype: DType, kv_cache: KVCacheConfig, device: DeviceRef) -> DType:
+    """The type of keys and values, given the one that MAX takes for the encoding or from `--kv-cache-format`."""
+    if not device.is_cpu() or dtype == DType.float32:
+        return dtype
+    if kv_cache.kv_cache_format is not None:
+        raise ConfigError(
+            f"--kv-cache-format: found {kv_cache.kv_cache_format}, expected float32 on a CPU, which attends in it. "
+            "Leave the flag out."
+        )
+    return DType.float32
 
 
 def _attention_kinds(layers: Sequence[LayerConfig]) -> dict[AttentionKind, tuple[AttentionConfig, int]]:

@@ -20,11 +20,13 @@ from max.nn.embedding import Embedding
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
 from max.nn.layer import Module
 
+from .checkpoint_tensors import TensorRole
 from .layer_config import LayerConfig, ModelConfig
 from .layers.decoder import DecoderLayer
 from .layers.linear import Linear
 from .layers.norm import RMSNorm
 from .layers.rope import rope_table
+from .precision import activation_dtype, weight_dtype
 
 UNKNOWN_TOKEN = -1
 """In `known`: the token after a request's last row has not been chosen yet, so the draft stands for it."""
@@ -35,7 +37,7 @@ class SharedHead(Module):
 
     def __init__(self, model: ModelConfig, dtype: DType, device: DeviceRef) -> None:
         super().__init__()
-        self.norm = RMSNorm(model.hidden_size, model, dtype)
+        self.norm = RMSNorm(model.hidden_size, model, weight_dtype(TensorRole.HIDDEN_NORM, dtype, device))
         self.output = Linear(model.hidden_size, model.vocab_size, dtype, device)
 
     def __call__(self, z: TensorValue) -> TensorValue:
@@ -62,10 +64,11 @@ class MTPDepth(Module):
         super().__init__()
         hidden_size = model.hidden_size
         self.config, self.kv_params = layer, kv_params
-        self.hidden_size, self.dtype, self.device = hidden_size, dtype, device
+        self.hidden_size, self.dtype, self.device = hidden_size, activation_dtype(dtype, device), device
         self.embed_tokens = Embedding(model.vocab_size, hidden_size, dtype, device)
-        self.enorm = RMSNorm(hidden_size, model, dtype)
-        self.hnorm = RMSNorm(hidden_size, model, dtype)
+        norm_dtype = weight_dtype(TensorRole.HIDDEN_NORM, dtype, device)
+        self.enorm = RMSNorm(hidden_size, model, norm_dtype)
+        self.hnorm = RMSNorm(hidden_size, model, norm_dtype)
         self.eh_proj = Linear(2 * hidden_size, hidden_size, dtype, device)
         self.layer = DecoderLayer(layer, model, kv_params, dtype, device)
         self.shared_head = SharedHead(model, dtype, device)
@@ -99,7 +102,8 @@ class MTPDepth(Module):
             `[batch]`; the logits `[batch, vocab_size]` float32 that they were drafted from.
         """
         rope = self.config.attention.rope
-        joined = ops.concat([self.enorm(self.embed_tokens(tokens)), self.hnorm(previous)], axis=-1)
+        embedded = ops.cast(self.embed_tokens(tokens), self.dtype)
+        joined = ops.concat([self.enorm(embedded), self.hnorm(previous)], axis=-1)
         table = () if rope is None else (rope_table(rope, tokens, input_row_offsets, kv_collection.cache_lengths),)
         z = self.layer(
             self.eh_proj(joined), cache_layer, kv_collection, input_row_offsets, swiglu_limit, swiglu_limit, *table

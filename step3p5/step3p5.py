@@ -18,12 +18,14 @@ from max.nn.transformer.transformer import forward_sequential_layers, logits_pos
 from max.pipelines.lib.interfaces.batch_processor import ragged_kv_symbolic_input_tree
 from max.tree import Tree
 
+from .checkpoint_tensors import TensorRole
 from .layer_config import AttentionKind, LayerConfig, MoEConfig, RopeConfig
 from .layers.decoder import DecoderLayer
 from .layers.linear import Linear
 from .layers.norm import RMSNorm
 from .layers.rope import rope_table
 from .model_config import Step3p5Config
+from .precision import activation_dtype, weight_dtype
 
 
 class Step3p5(Module):
@@ -50,7 +52,7 @@ class Step3p5(Module):
                 for layer in model.layers
             ]
         )
-        self.norm = RMSNorm(model.hidden_size, model, dtype)
+        self.norm = RMSNorm(model.hidden_size, model, weight_dtype(TensorRole.HIDDEN_NORM, dtype, device))
         self.lm_head = Linear(model.hidden_size, model.vocab_size, dtype, device)
         if model.tie_word_embeddings:
             self.lm_head.set_shared_weight("weight", self.embed_tokens.weight)
@@ -105,7 +107,7 @@ class Step3p5(Module):
         (h,) = forward_sequential_layers(
             list(self.layers),
             inputs_for_layer=inputs_for_layer,
-            initial_hidden_states=[self.embed_tokens(tokens)],
+            initial_hidden_states=[self.embed(tokens)],
             subgraph_layer_groups=layers_of_equal_shape(layers) if self.config.use_subgraphs else None,
             weight_prefix_for_layer=lambda index: f"layers.{index}.",
         )
@@ -124,6 +126,11 @@ class Step3p5(Module):
             self.config.return_logits,
             self.config.return_hidden_states,
         )
+
+    def embed(self, tokens: TensorValue) -> TensorValue:
+        """The tokens' rows of the embedding, `[total_seq_len, hidden_size]` in the activations' type."""
+        rows = self.embed_tokens(tokens)
+        return ops.cast(rows, activation_dtype(self.config.dtype, rows.device))
 
     def _rope_tables(
         self,

@@ -6,7 +6,6 @@ import logging
 import math
 from typing import Any
 
-from max.dtype import DType
 from max.graph.weights import WeightData, Weights
 from max.pipelines.lib import PipelineConfig
 from max.pipelines.lib.config.model_config import _select_quantization_encoding
@@ -14,8 +13,9 @@ from max.pipelines.modeling.config_enums import supported_encoding_dtype
 from transformers import AutoConfig
 
 from .checkpoint_files import StoredTensor, check_specs, check_tensors, decoder_tensors, layer_tensors, rename
-from .checkpoint_tensors import CheckpointDtype, TensorSpec, checkpoint_tensors, mtp_layer_tensors
-from .model_config import Step3p5Config
+from .checkpoint_tensors import checkpoint_tensors, mtp_layer_tensors
+from .model_config import Step3p5Config, device_refs
+from .precision import weight_dtype
 from .pretrained_config import as_step3p5_config
 from .progress import with_progress
 from .speculation.depth import drafting_layers
@@ -55,12 +55,13 @@ def convert_safetensor_state_dict(
         weights |= own
         specs |= mtp_layer_tensors(model, layer)
     encoding = _select_quantization_encoding(pipeline_config.model, Step3p5Config.DEFAULT_ENCODING)
-    run_dtype = CheckpointDtype(supported_encoding_dtype(encoding).name)
-    casts = [name for name, data in weights.items() if data.dtype != _graph_dtype(specs[name], run_dtype)]
+    device = device_refs(pipeline_config.model)[0]
+    dtypes = {name: weight_dtype(specs[name].role, supported_encoding_dtype(encoding), device) for name in weights}
+    casts = [name for name, data in weights.items() if data.dtype != dtypes[name]]
     if casts:
         logger.info("Casting %d of %d tensors to run in %s.", len(casts), len(weights), encoding)
     for name in with_progress(casts, lambda name: _num_bytes(weights[name]), f"Casting to {encoding}"):
-        weights[name] = weights[name].astype(_graph_dtype(specs[name], run_dtype))
+        weights[name] = weights[name].astype(dtypes[name])
     return {rename(name, GRAPH_PREFIXES): data for name, data in weights.items()}
 
 
@@ -70,7 +71,3 @@ def _stored(data: WeightData) -> StoredTensor:
 
 def _num_bytes(data: WeightData) -> int:
     return math.prod(_stored(data).shape) * data.dtype.size_in_bytes
-
-
-def _graph_dtype(spec: TensorSpec, run_dtype: CheckpointDtype) -> DType:
-    return DType[spec.dtype(run_dtype).value]

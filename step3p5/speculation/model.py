@@ -22,6 +22,7 @@ from ..config_fields import ConfigError
 from ..model import Step3p5Model
 from ..model_config import Step3p5Config
 from ..mtp import MTPDepth, depth_weights, swiglu_limit
+from ..precision import activation_dtype
 from ..step3p5 import index_within_cache
 from ..tokenizer import check_token_ids
 from .graphs import RowSelection, VerifyingStep3p5
@@ -111,7 +112,8 @@ class SpeculativeStep3p5Model(Step3p5Model):
             specs[depth_role(depth)] = GraphSpec(
                 module, "step3p5_mtp", module.input_types(), weights=module.state_dict()
             )
-        selection = RowSelection(model_config.model.hidden_size, model_config.dtype, device)
+        hidden_dtype = activation_dtype(model_config.dtype, device)
+        selection = RowSelection(model_config.model.hidden_size, hidden_dtype, device)
         specs[SELECTION] = GraphSpec(selection, "step3p5_mtp_rows", selection.input_types(), weights={})
         return specs
 
