@@ -145,11 +145,14 @@ def run_case(model: AutoModel, case: Case, rng: np.random.Generator) -> list[flo
     return seconds
 
 
-def precision_of(model: AutoModel) -> Precision:
-    """The types in which a loaded model runs."""
+def precision_of(model: AutoModel, devices: str) -> Precision:
+    """The types in which a loaded model runs; a CPU's cache is float32."""
     config = model.pipeline_config.model
-    cache = cache_dtype_for_encoding(config.quantization_encoding, config.kv_cache.kv_cache_format)
-    return Precision(CheckpointDtype(config.quantization_encoding), CheckpointDtype(cache.name))
+    cache = cache_dtype_for_encoding(config.quantization_encoding, config.kv_cache.kv_cache_format).name
+    return Precision(
+        CheckpointDtype(config.quantization_encoding),
+        CheckpointDtype.FLOAT32 if devices == "cpu" else CheckpointDtype(cache),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -167,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **max_settings(options.devices, options.precompiled_mefs),
     ) as model:
         load_seconds, load_memory = time.perf_counter() - start, peak_memory_bytes()
-        precision = precision_of(model)
+        precision = precision_of(model, options.devices)
         before = CpuTimes.now()
         run_rounds(model, options.devices, cases, options.rounds)
         taken = cores_taken(before, CpuTimes.now())

@@ -2,7 +2,6 @@
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
-from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import ceildiv, fma
 from std.sys import size_of
@@ -11,7 +10,8 @@ from .crossover import down_gpu
 from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
 from .operands import Elements, Floats, Ids, elements, expect_size
-from .tasks import share, task_count
+from .tasks import piece_count, share
+from .team import Team, on_team
 
 
 @fieldwise_init
@@ -72,35 +72,45 @@ struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
                 ):
                     to[unsafe_offset=h] = 0
 
+    def pieces(self, offsets: Ids, experts: Int) -> Int:
+        """Number of pieces; at least one."""
+        var hit = 0
+        for e in range(experts):
+            hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
+        comptime size = size_of[Self.weight_dtype]()
+        var bytes = hit * self.hidden_size * self.intermediate_size * size
+        var assignments = Int(offsets[unsafe_offset=experts])
+        return piece_count(self.tiles(), bytes, assignments // max(hit, 1))
+
+    @always_inline
+    def add_experts(
+        self, panel: Panel, offsets: Ids, experts: Int, tiles: Tuple[Int, Int]
+    ):
+        """Adds the experts in order: the order of a sum depends on nothing else.
+        """
+        for e in range(experts):
+            var begin = Int(offsets[unsafe_offset=e])
+            var end = Int(offsets[unsafe_offset=e + 1])
+            multiply_group(self, panel, e, (begin, end), tiles)
+
 
 def down_cpu[
     dtype: DType
 ](product: Down[dtype], offsets: Ids, tokens: Int, experts: Int):
-    """Every task owns columns of `y` and adds the experts in order: the order of a sum depends on nothing else.
-    """
-    var hit = 0
-    for e in range(experts):
-        hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
-    if hit == 0:
-        return product.clear(tokens, 0, product.tiles())
-    var tiles = product.tiles()
-    var bytes = (
-        hit * product.hidden_size * product.intermediate_size * size_of[dtype]()
-    )
-    var tasks = task_count(
-        tiles, bytes, Int(offsets[unsafe_offset=experts]) // hit
-    )
+    """Every piece owns columns of `y`."""
+    var pieces = product.pieces(offsets, experts)
 
-    def task(index: Int) {imm}:
+    def work(mut team: Team) {imm}:
         var panel = Panel(product.intermediate_size)
-        var first, last = share(tiles, index, tasks)
-        product.clear(tokens, first, last)
-        for e in range(experts):
-            var begin = Int(offsets[unsafe_offset=e])
-            var end = Int(offsets[unsafe_offset=e + 1])
-            multiply_group(product, panel, e, (begin, end), (first, last))
 
-    sync_parallelize(task, tasks)
+        def piece(index: Int) {imm}:
+            var tiles = share(product.tiles(), index, pieces)
+            product.clear(tokens, tiles[0], tiles[1])
+            product.add_experts(panel, offsets, experts, tiles)
+
+        team.each(pieces, piece)
+
+    on_team(work)
 
 
 @extensibility.register("step3p5_moe_down")

@@ -2,7 +2,6 @@
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
-from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import ceildiv, exp
 from std.sys import size_of
@@ -12,7 +11,8 @@ from .crossover import gate_up_gpu
 from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
 from .operands import Elements, Floats, Ids, elements, expect_size
-from .tasks import TOKENS_PER_READ, share, task_count
+from .tasks import TOKENS_PER_READ, piece_count, share
+from .team import Team, on_team
 
 comptime GATE_ROWS = TILE_ROWS // 2
 """Rows of `gate` in a tile, and as many of `up`: the number of strips of each."""
@@ -75,45 +75,82 @@ struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
                 to[unsafe_offset=m] = act[j]
 
 
-def gate_up_cpu[
-    dtype: DType
-](product: GateUp[dtype], offsets: Ids, experts: Int):
-    """Cuts the tiles of all experts that have tokens into tasks of equal cost.
+@fieldwise_init
+struct GateUpPieces[dtype: DType](ImplicitlyCopyable):
+    """The tiles of all experts that have tokens, cut into pieces of equal cost.
     """
-    var tiles = product.tiles()
-    var hit = 0
-    var cost = 0
-    for e in range(experts):
-        var tokens = Int(
-            offsets[unsafe_offset=e + 1] - offsets[unsafe_offset=e]
-        )
-        if tokens > 0:
-            hit += 1
-            cost += (tokens + TOKENS_PER_READ) * tiles
-    if cost == 0:
-        return
-    var bytes = hit * tiles * TILE_ROWS * product.hidden_size * size_of[dtype]()
-    var tasks = task_count(
-        hit * tiles, bytes, Int(offsets[unsafe_offset=experts]) // hit
-    )
 
-    def task(index: Int) {imm}:
-        var panel = Panel(product.hidden_size)
-        var first, last = share(cost, index, tasks)
-        var at = 0
+    var product: GateUp[Self.dtype]
+    var offsets: Ids
+    var experts: Int
+    var cost: Int
+    var count: Int
+
+    def __init__(
+        out self, product: GateUp[Self.dtype], offsets: Ids, experts: Int
+    ):
+        self.product = product
+        self.offsets = offsets
+        self.experts = experts
+        var hit = 0
+        var assignments = Int(offsets[unsafe_offset=experts])
         for e in range(experts):
-            var begin = Int(offsets[unsafe_offset=e])
-            var end = Int(offsets[unsafe_offset=e + 1])
+            hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
+        var tiles = product.tiles()
+        self.cost = (assignments + hit * TOKENS_PER_READ) * tiles
+        var bytes = (
+            hit
+            * tiles
+            * TILE_ROWS
+            * product.hidden_size
+            * size_of[Self.dtype]()
+        )
+        self.count = 0
+        if hit > 0:
+            self.count = piece_count(hit * tiles, bytes, assignments // hit)
+
+    @always_inline
+    def run(self, panel: Panel, piece: Int):
+        """Computes one piece."""
+        var tiles = self.product.tiles()
+        var first, last = share(self.cost, piece, self.count)
+        var at = 0
+        for e in range(self.experts):
+            var begin = Int(self.offsets[unsafe_offset=e])
+            var end = Int(self.offsets[unsafe_offset=e + 1])
             if begin == end:
                 continue
             var each = end - begin + TOKENS_PER_READ
-            # A tile belongs to the task in whose share its first unit of cost lies.
+            # A tile belongs to the piece in which its first unit of cost lies.
             var low = min(max(ceildiv(first - at, each), 0), tiles)
             var high = min(max(ceildiv(last - at, each), 0), tiles)
-            multiply_group(product, panel, e, (begin, end), (low, high))
+            multiply_group(self.product, panel, e, (begin, end), (low, high))
             at += each * tiles
 
-    sync_parallelize(task, tasks)
+
+@always_inline
+def gate_up_phase[
+    dtype: DType
+](mut team: Team, product: GateUp[dtype], offsets: Ids, experts: Int):
+    """The first half of all experts."""
+    var panel = Panel(product.hidden_size)
+    var pieces = GateUpPieces(product, offsets, experts)
+
+    def piece(index: Int) {imm}:
+        pieces.run(panel, index)
+
+    team.each(pieces.count, piece)
+
+
+def gate_up_cpu[
+    dtype: DType
+](product: GateUp[dtype], offsets: Ids, experts: Int):
+    """The first half of all experts, on a team of its own."""
+
+    def work(mut team: Team) {imm}:
+        gate_up_phase(team, product, offsets, experts)
+
+    on_team(work)
 
 
 @extensibility.register("step3p5_moe_gate_up")

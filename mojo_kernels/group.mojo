@@ -8,12 +8,8 @@ from .group_gpu import group_gpu
 from .operands import Ids, elements, expect_size
 
 
-def group_cpu(
-    rows: Ids, starts: Ids, ids: Ids, total: Int, experts: Int
-) raises:
-    """Counts, then places."""
-    for e in range(experts + 1):
-        starts[unsafe_offset=e] = 0
+def expect_experts(ids: Ids, total: Int, experts: Int) raises:
+    """Raises unless every id names an expert."""
     for a in range(total):
         var e = Int(ids[unsafe_offset=a])
         if e < 0 or e >= experts:
@@ -23,7 +19,14 @@ def group_cpu(
                 ", expected 0 to ",
                 experts - 1,
             )
-        starts[unsafe_offset=e + 1] += 1
+
+
+def group_cpu(rows: Ids, starts: Ids, ids: Ids, total: Int, experts: Int):
+    """Counts, then places; every id must name an expert."""
+    for e in range(experts + 1):
+        starts[unsafe_offset=e] = 0
+    for a in range(total):
+        starts[unsafe_offset=Int(ids[unsafe_offset=a]) + 1] += 1
     for e in range(experts):
         starts[unsafe_offset=e + 1] += starts[unsafe_offset=e]
     var next = List[Int32](capacity=experts)
@@ -64,6 +67,7 @@ struct Step3p5MoeGroup:
         var experts = offsets.dim_size(0) - 1
         expect_size(op, "rows[T*K]", rows.dim_size(0), total)
         comptime if target == "cpu":
+            expect_experts(elements(ids.unsafe_ptr()), total, experts)
             group_cpu(
                 elements(rows.unsafe_ptr()),
                 elements(offsets.unsafe_ptr()),

@@ -2,7 +2,6 @@
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
-from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.sys import size_of
@@ -11,17 +10,25 @@ from .crossover import linear_gpu
 from .dot_tile import TILE_ROWS, TileSums
 from .grouped import GroupedProduct, Panel, multiply_group
 from .operands import Elements, Floats, elements, expect_size
-from .tasks import share, task_count
+from .tasks import piece_count, share
+from .team import Team, on_team
 
 
 @fieldwise_init
-struct Linear[weight_dtype: DType](GroupedProduct, TrivialRegisterPassable):
+struct Linear[weight_dtype: DType, adds: Bool = False](
+    GroupedProduct, TrivialRegisterPassable
+):
     """One expert that has every token; a tile is six rows of `w`, one a strip.
+
+    Parameters:
+        weight_dtype: Type of the weights.
+        adds: The result is `base + x w^T`.
     """
 
     comptime dtype = Self.weight_dtype
 
     var y: Floats
+    var base: Floats
     var x: Floats
     var w: Elements[Self.weight_dtype]
     var in_features: Int
@@ -51,25 +58,39 @@ struct Linear[weight_dtype: DType](GroupedProduct, TrivialRegisterPassable):
         comptime for j in range(TILE_ROWS):
             var n = tile + j * self.tiles()
             if n < self.out_features:
-                to[unsafe_offset=n] = sums[j]
+                comptime if Self.adds:
+                    var base = self.base[
+                        unsafe_offset=slot * self.out_features + n
+                    ]
+                    to[unsafe_offset=n] = base + sums[j]
+                else:
+                    to[unsafe_offset=n] = sums[j]
+
+    def pieces(self, tokens: Int) -> Int:
+        """Number of pieces for so many tokens."""
+        comptime size = size_of[Self.weight_dtype]()
+        var bytes = self.out_features * self.in_features * size
+        return piece_count(self.tiles(), bytes, tokens)
+
+    @always_inline
+    def run_piece(self, panel: Panel, tokens: Int, piece: Int, pieces: Int):
+        """Computes the columns of `y` that belong to one piece."""
+        var tiles = share(self.tiles(), piece, pieces)
+        multiply_group(self, panel, 0, (0, tokens), tiles)
 
 
-def linear_cpu[dtype: DType](product: Linear[dtype], tokens: Int):
-    """Every task owns columns of `y`."""
-    var tiles = product.tiles()
-    var bytes = product.out_features * product.in_features * size_of[dtype]()
-    var tasks = task_count(tiles, bytes, tokens)
+@always_inline
+def linear_phase[
+    dtype: DType, adds: Bool
+](mut team: Team, product: Linear[dtype, adds], tokens: Int):
+    """A whole linear layer."""
+    var panel = Panel(product.in_features)
+    var pieces = product.pieces(tokens)
 
-    def task(index: Int) {imm}:
-        multiply_group(
-            product,
-            Panel(product.in_features),
-            0,
-            (0, tokens),
-            share(tiles, index, tasks),
-        )
+    def piece(index: Int) {imm}:
+        product.run_piece(panel, tokens, index, pieces)
 
-    sync_parallelize(task, tasks)
+    team.each(pieces, piece)
 
 
 @extensibility.register("step3p5_linear")
@@ -109,16 +130,21 @@ struct Step3p5Linear:
             comptime assert (
                 y_dtype == DType.float32 and x_dtype == DType.float32
             ), "step3p5_linear: tokens are float32 on a CPU"
-            linear_cpu(
-                Linear[dtype](
-                    rebind[Floats](elements(y.unsafe_ptr())),
-                    rebind[Floats](elements(x.unsafe_ptr())),
-                    elements(w.unsafe_ptr()),
-                    x.dim_size(1),
-                    w.dim_size(0),
-                ),
-                x.dim_size(0),
+            var to = rebind[Floats](elements(y.unsafe_ptr()))
+            var product = Linear[dtype](
+                to,
+                to,
+                rebind[Floats](elements(x.unsafe_ptr())),
+                elements(w.unsafe_ptr()),
+                x.dim_size(1),
+                w.dim_size(0),
             )
+            var tokens = x.dim_size(0)
+
+            def work(mut team: Team) {imm}:
+                linear_phase(team, product, tokens)
+
+            on_team(work)
         else:
             linear_gpu(
                 elements(y.unsafe_ptr()),

@@ -2,7 +2,6 @@
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
-from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.sys import size_of
@@ -14,7 +13,8 @@ from .grouped import GroupedProduct, Panel, multiply_group
 from .linear import Linear
 from .linear_gpu import MATRICES
 from .operands import Elements, Floats, elements, expect_size
-from .tasks import share, task_count
+from .tasks import piece_count, share
+from .team import Team, on_team
 
 
 @fieldwise_init
@@ -64,21 +64,21 @@ struct Linear4[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
 
 
 def linear4_cpu[dtype: DType](product: Linear4[dtype], tokens: Int):
-    """Every task owns tiles, of one matrix or of two."""
+    """Every piece owns tiles, of one matrix or of two."""
     var tiles = product.tiles()
     var bytes = tiles * TILE_ROWS * product.depth() * size_of[dtype]()
-    var tasks = task_count(tiles, bytes, tokens)
+    var pieces = piece_count(tiles, bytes, tokens)
 
-    def task(index: Int) {imm}:
-        multiply_group(
-            product,
-            Panel(product.depth()),
-            0,
-            (0, tokens),
-            share(tiles, index, tasks),
-        )
+    def work(mut team: Team) {imm}:
+        var panel = Panel(product.depth())
 
-    sync_parallelize(task, tasks)
+        def piece(index: Int) {imm}:
+            var own = share(tiles, index, pieces)
+            multiply_group(product, panel, 0, (0, tokens), own)
+
+        team.each(pieces, piece)
+
+    on_team(work)
 
 
 @extensibility.register("step3p5_linear4")
@@ -143,8 +143,10 @@ struct Step3p5Linear4:
                 w: Pointer[Scalar[dtype], MutAnyOrigin],
                 out_features: Int,
             ) {imm} -> Linear[dtype]:
+                var to = rebind[Floats](elements(y))
                 return Linear[dtype](
-                    rebind[Floats](elements(y)),
+                    to,
+                    to,
                     rebind[Floats](elements(x.unsafe_ptr())),
                     elements(w),
                     depth,

@@ -3,15 +3,16 @@
 import extensibility
 from extensibility import InputTensor, OutputTensor
 from extensibility import _MutableInputTensor as MutableInputTensor
-from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import sqrt
 from std.sys import size_of
 
+from .dot_tile import LANES, Lanes, load_row
 from .heads import HeadForm, Heads, PagedCache
 from .operands import Elements, elements, expect_size
 from .qkv_gpu import qkv_gpu
-from .tasks import share, task_count
+from .tasks import piece_count, share
+from .team import Team, on_team
 
 
 def head_cpu[
@@ -24,11 +25,15 @@ def head_cpu[
     head_dim: Int,
     form: HeadForm[weight_dtype],
 ):
-    """Norms and rotates one head."""
+    """Norms and rotates one head, in place where `y` is `x`."""
     var scale = Float32(1)
     comptime if normalize:
-        var squares = Float32(0)
-        for i in range(head_dim):
+        var lanes = Lanes(0)
+        for c in range(head_dim // LANES):
+            var values = load_row(x.unsafe_offset(c * LANES))
+            lanes += values * values
+        var squares = lanes.reduce_add()
+        for i in range(head_dim // LANES * LANES, head_dim):
             var value = x[unsafe_offset=i].cast[DType.float32]()
             squares += value * value
         scale = 1 / sqrt(squares / Float32(head_dim) + form.eps)
@@ -53,17 +58,28 @@ def head_cpu[
         y[unsafe_offset=i] = normed(i).cast[dtype]()
 
 
-def qkv_cpu[
-    dtype: DType, weight_dtype: DType, //, normalize: Bool
-](heads: Heads[dtype], form: HeadForm[weight_dtype], tokens: Int):
-    """Every task takes a share of the tokens."""
-    # Norming and rotating an element costs about as much as reading 8.
-    var elements = heads.count() * heads.head_dim
-    var bytes = tokens * elements * size_of[dtype]() * 8
-    var tasks = task_count(tokens, bytes, 1)
+@fieldwise_init
+struct HeadsPieces[dtype: DType, weight_dtype: DType, normalize: Bool](
+    ImplicitlyCopyable
+):
+    """The work on all heads, cut into pieces of whole tokens."""
 
-    def task(index: Int) {imm}:
-        var first, last = share(tokens, index, tasks)
+    var heads: Heads[Self.dtype]
+    var form: HeadForm[Self.weight_dtype]
+    var tokens: Int
+
+    def count(self) -> Int:
+        """Number of pieces."""
+        # Norming and rotating an element costs about as much as reading 8.
+        var elements = self.heads.count() * self.heads.head_dim
+        var bytes = self.tokens * elements * size_of[Self.dtype]() * 8
+        return piece_count(self.tokens, bytes, 1)
+
+    def run(self, piece: Int, pieces: Int):
+        """Norms, rotates and stores the heads of one piece."""
+        ref heads = self.heads
+        ref form = self.form
+        var first, last = share(self.tokens, piece, pieces)
         for token in range(first, last):
             var request = heads.request(token)
             var angles = form.angles.unsafe_offset(token * 2 * form.half)
@@ -71,18 +87,34 @@ def qkv_cpu[
                 var y = heads.target(token, head, request)
                 var x = heads.source(token, head)
                 if head < heads.query_heads:
-                    head_cpu[normalize](
+                    head_cpu[Self.normalize](
                         y, x, form.q_weight, angles, heads.head_dim, form
                     )
                 elif head < heads.query_heads + heads.key_heads:
-                    head_cpu[normalize](
+                    head_cpu[Self.normalize](
                         y, x, form.k_weight, angles, heads.head_dim, form
                     )
                 else:
                     for i in range(heads.head_dim):
                         y[unsafe_offset=i] = x[unsafe_offset=i]
 
-    sync_parallelize(task, tasks)
+
+def qkv_cpu[
+    dtype: DType, weight_dtype: DType, //, normalize: Bool
+](heads: Heads[dtype], form: HeadForm[weight_dtype], tokens: Int):
+    """All tokens, on a team of its own."""
+    var work_of = HeadsPieces[dtype, weight_dtype, normalize](
+        heads, form, tokens
+    )
+    var pieces = work_of.count()
+
+    def piece(index: Int) {imm}:
+        work_of.run(index, pieces)
+
+    def work(mut team: Team) {imm}:
+        team.each(pieces, piece)
+
+    on_team(work)
 
 
 @extensibility.register("step3p5_qkv")

@@ -2,13 +2,61 @@
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
-from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 
 from .operands import Floats, Ids, elements, expect_size
 from .route_gpu import route_gpu
 from .score import order_key, sigmoid
-from .tasks import share, task_count
+from .tasks import piece_count, share
+from .team import Team, on_team
+
+
+@fieldwise_init
+struct Router[normalize: Bool](ImplicitlyCopyable):
+    """Operands of `step3p5_moe_route`."""
+
+    var ids: Ids
+    var weights: Floats
+    var logits: Floats
+    var bias: Floats
+    var tokens: Int
+    var experts: Int
+    var top_k: Int
+    var scale: Float32
+
+    def pieces(self) -> Int:
+        """Number of pieces."""
+        # A score costs about as much as reading 16 numbers.
+        var bytes = self.tokens * self.experts * 64
+        return piece_count(self.tokens, bytes, 0)
+
+    def run_piece(self, piece: Int, pieces: Int):
+        """Routes a share of the tokens."""
+        var scores = List[Float32](length=self.experts, fill=0)
+        var keys = List[Int32](length=self.experts, fill=0)
+        var first, last = share(self.tokens, piece, pieces)
+        for t in range(first, last):
+            var logits = self.logits.unsafe_offset(t * self.experts)
+            for e in range(self.experts):
+                scores[e] = sigmoid(logits[unsafe_offset=e])
+                keys[e] = order_key(scores[e] + self.bias[unsafe_offset=e])
+            var chosen = self.weights.unsafe_offset(t * self.top_k)
+            var ids = self.ids.unsafe_offset(t * self.top_k)
+            var total = Float32(0)
+            for k in range(self.top_k):
+                var best = 0
+                for e in range(1, self.experts):
+                    if keys[e] > keys[best]:
+                        best = e
+                keys[best] = Int32.MIN
+                ids[unsafe_offset=k] = Int32(best)
+                chosen[unsafe_offset=k] = scores[best]
+                total += scores[best]
+            comptime if Self.normalize:
+                for k in range(self.top_k):
+                    chosen[unsafe_offset=k] /= total + 1e-20
+            for k in range(self.top_k):
+                chosen[unsafe_offset=k] *= self.scale
 
 
 def route_cpu[
@@ -23,36 +71,19 @@ def route_cpu[
     top_k: Int,
     scale: Float32,
 ):
-    """Every task routes a share of the tokens."""
-    # A score costs about as much as reading 16 numbers.
-    var tasks = task_count(tokens, tokens * experts * 64, 1)
+    """Routes all tokens on a team of its own."""
+    var router = Router[normalize](
+        ids, weights, logits, bias, tokens, experts, top_k, scale
+    )
+    var pieces = router.pieces()
 
-    def task(index: Int) {imm}:
-        var scores = List[Float32](length=experts, fill=0)
-        var keys = List[Int32](length=experts, fill=0)
-        var first, last = share(tokens, index, tasks)
-        for t in range(first, last):
-            for e in range(experts):
-                scores[e] = sigmoid(logits[unsafe_offset=t * experts + e])
-                keys[e] = order_key(scores[e] + bias[unsafe_offset=e])
-            var chosen = weights.unsafe_offset(t * top_k)
-            var total = Float32(0)
-            for k in range(top_k):
-                var best = 0
-                for e in range(1, experts):
-                    if keys[e] > keys[best]:
-                        best = e
-                keys[best] = Int32.MIN
-                ids[unsafe_offset=t * top_k + k] = Int32(best)
-                chosen[unsafe_offset=k] = scores[best]
-                total += scores[best]
-            comptime if normalize:
-                for k in range(top_k):
-                    chosen[unsafe_offset=k] /= total + 1e-20
-            for k in range(top_k):
-                chosen[unsafe_offset=k] *= scale
+    def piece(index: Int) {imm}:
+        router.run_piece(index, pieces)
 
-    sync_parallelize(task, tasks)
+    def work(mut team: Team) {imm}:
+        team.each(pieces, piece)
+
+    on_team(work)
 
 
 @extensibility.register("step3p5_moe_route")

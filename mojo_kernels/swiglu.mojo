@@ -7,7 +7,27 @@ from std.utils.numerics import inf
 
 from .crossover import swiglu_gpu
 from .gate_up import GateUp, gate_up_cpu
-from .operands import Floats, elements, expect_size
+from .operands import Floats, Scratch, elements, expect_size
+
+
+struct EveryToken(Movable):
+    """The assignment of every token to one expert, as `step3p5_moe_group` gives it.
+    """
+
+    var rows: Scratch[DType.int32]
+    var offsets: Scratch[DType.int32]
+
+    def __init__(out self, tokens: Int):
+        self.rows = Scratch[DType.int32](tokens)
+        for t in range(tokens):
+            self.rows.data[unsafe_offset=t] = Int32(t)
+        self.offsets = Scratch[DType.int32](2)
+        self.offsets.data[unsafe_offset=0] = 0
+        self.offsets.data[unsafe_offset=1] = Int32(tokens)
+
+    def keep(self):
+        """Keeps the memory to here: kernels hold only where it lies."""
+        pass
 
 
 @extensibility.register("step3p5_swiglu")
@@ -55,27 +75,23 @@ struct Step3p5Swiglu:
             comptime assert (
                 x_dtype == DType.float32 and act_dtype == DType.float32
             ), "step3p5_swiglu: tokens are float32 on a CPU"
-            var rows = List[Int32](capacity=tokens)
-            for t in range(tokens):
-                rows.append(Int32(t))
-            var offsets: List[Int32] = [0, Int32(tokens)]
+            var every = EveryToken(tokens)
             gate_up_cpu(
                 GateUp[dtype](
                     rebind[Floats](elements(act.unsafe_ptr())),
                     rebind[Floats](elements(x.unsafe_ptr())),
                     elements(gate.unsafe_ptr()),
                     elements(up.unsafe_ptr()),
-                    rows.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                    every.rows.data,
                     1,
                     x.dim_size(1),
                     gate.dim_size(0),
                     bound,
                 ),
-                offsets.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+                every.offsets.data,
                 1,
             )
-            _ = rows^  # Kept alive: the kernel holds only its elements.
-            _ = offsets^
+            every.keep()
         else:
             swiglu_gpu(
                 elements(act.unsafe_ptr()),

@@ -1,26 +1,26 @@
-"""How work is cut into tasks for the worker threads."""
+"""How work is cut into pieces for the threads of a team."""
 
 from max.runtime.asyncrt import parallelism_level
 
-comptime TASKS_PER_WORKER = 2
-"""More tasks than workers even out what other programs take from one of them."""
+comptime PIECES_PER_WORKER = 8
+"""More pieces than workers even out what other programs take from one of them."""
 
-comptime TASK_BYTES = 64 * 1024
-"""Fewer bytes of weights than this, or as much work of another kind, are not worth a task."""
+comptime PIECE_BYTES = 64 * 1024
+"""Fewer bytes of weights than this, or as much work of another kind, are not worth a piece."""
 
 comptime TOKENS_PER_READ = 8
 """Multiplying so many tokens takes about as long as reading the weights."""
 
 
-def task_count(pieces: Int, bytes: Int, tokens: Int) -> Int:
-    """Number of tasks for work of `pieces` indivisible pieces: `bytes` of weights with `tokens` each.
+def piece_count(most: Int, bytes: Int, tokens: Int) -> Int:
+    """Number of pieces, `most` at the utmost, for multiplying `bytes` of weights with `tokens` each.
     """
-    var tasks = parallelism_level(None) * TASKS_PER_WORKER
+    var pieces = parallelism_level(None) * PIECES_PER_WORKER
     var work = bytes * (1 + tokens // TOKENS_PER_READ)
-    return max(min(tasks, pieces, work // TASK_BYTES), 1)
+    return max(min(pieces, most, work // PIECE_BYTES), 1)
 
 
 @always_inline
-def share(total: Int, task: Int, tasks: Int) -> Tuple[Int, Int]:
-    """First and last + 1 of the items of one task, `total` items in all."""
-    return total * task // tasks, total * (task + 1) // tasks
+def share(total: Int, piece: Int, pieces: Int) -> Tuple[Int, Int]:
+    """First and last + 1 of the items of one piece, `total` items in all."""
+    return total * piece // pieces, total * (piece + 1) // pieces

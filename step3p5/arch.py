@@ -12,8 +12,12 @@ from .batch_processor import Step3p5BatchProcessor
 from .model import Step3p5Model
 from .model_config import Step3p5Config
 from .parsers import PARSER_NAME
+from .precision import allow_bfloat16_on_cpus
+from .speculation.arch import mtp_speculator
 from .tokenizer import Step3p5Tokenizer
 from .weight_adapters import convert_safetensor_state_dict
+
+allow_bfloat16_on_cpus()
 
 step3p5_arch = SupportedArchitecture(
     name="Step3p5ForCausalLM",
@@ -35,4 +39,4 @@ step3p5_arch = SupportedArchitecture(
     required_arguments={"emit_reasoning_content": True},  # the field that this model's clients read
 )
 
-ARCHITECTURES = [step3p5_arch]
+ARCHITECTURES = [step3p5_arch, mtp_speculator(step3p5_arch)]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from step3p5.checkpoint_tensors import CheckpointDtype, checkpoint_tensors
-from step3p5.layer_config import ModelConfig
+from step3p5.checkpoint_tensors import CheckpointDtype, TensorSpec, checkpoint_tensors
+from step3p5.layer_config import LayerConfig, ModelConfig
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -70,8 +70,13 @@ def read_headers(paths: Sequence[Path]) -> dict[str, StoredTensor]:
 def decoder_tensors(tensors: Mapping[str, T], model: ModelConfig) -> dict[str, T]:
     """`tensors` by this model's hub names: multimodal prefixes removed, MTP layers left out."""
     mtp = tuple(f"model.layers.{layer.index}." for layer in model.mtp_layers)
-    named = {rename(name, HUB_PREFIXES): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in named.items() if not name.startswith(mtp)}
+    return {name: tensor for name, tensor in _hub_names(tensors).items() if not name.startswith(mtp)}
+
+
+def layer_tensors(tensors: Mapping[str, T], layer: LayerConfig) -> dict[str, T]:
+    """Those of `tensors` that belong to `layer`, by hub name."""
+    prefix = f"model.layers.{layer.index}."
+    return {name: tensor for name, tensor in _hub_names(tensors).items() if name.startswith(prefix)}
 
 
 def check_tensors(decoder: Mapping[str, StoredTensor], model: ModelConfig) -> None:
@@ -80,8 +85,16 @@ def check_tensors(decoder: Mapping[str, StoredTensor], model: ModelConfig) -> No
     Raises:
         CheckpointError: the first tensor found missing, unknown, misshapen or of a dtype that the model cannot use.
     """
-    expected = checkpoint_tensors(model)
-    missing = [name for name in expected if name not in decoder]
+    check_specs(decoder, checkpoint_tensors(model))
+
+
+def check_specs(tensors: Mapping[str, StoredTensor], expected: Mapping[str, TensorSpec]) -> None:
+    """Holds stored `tensors`, by hub name, to the `expected` ones.
+
+    Raises:
+        CheckpointError: the first tensor found missing, unknown, misshapen or of a dtype that the model cannot use.
+    """
+    missing = [name for name in expected if name not in tensors]
     if missing:
         _fail(
             f"tensor {missing[0]}",
@@ -89,7 +102,7 @@ def check_tensors(decoder: Mapping[str, StoredTensor], model: ModelConfig) -> No
             f"shape {list(expected[missing[0]].shape)}",
             "Complete the checkpoint, or correct config.json if it belongs to other weights.",
         )
-    unknown = [name for name in decoder if name not in expected]
+    unknown = [name for name in tensors if name not in expected]
     if unknown:
         _fail(
             f"tensor {unknown[0]}",
@@ -98,7 +111,7 @@ def check_tensors(decoder: Mapping[str, StoredTensor], model: ModelConfig) -> No
             "Check that config.json belongs to these weights: num_hidden_layers, moe_layers_enum, use_qk_norm, ...",
         )
     for name, spec in expected.items():
-        stored = decoder[name]
+        stored = tensors[name]
         if stored.shape != spec.shape:
             _fail(
                 f"tensor {name}",
@@ -113,6 +126,10 @@ def check_tensors(decoder: Mapping[str, StoredTensor], model: ModelConfig) -> No
                 " or ".join(CheckpointDtype),
                 "Use the unquantised checkpoint.",
             )
+
+
+def _hub_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    return {rename(name, HUB_PREFIXES): tensor for name, tensor in tensors.items()}
 
 
 def rename(name: str, prefixes: Iterable[tuple[str, str]]) -> str:

@@ -94,20 +94,25 @@ def mtp_tensors(model: ModelConfig) -> dict[str, TensorSpec]:
 
     Each depth has its own output head; the embedding is the decoder's and is not repeated.
     """
-    hidden, vocab = model.hidden_size, model.vocab_size
     tensors: dict[str, TensorSpec] = {}
     for layer in model.mtp_layers:
-        before = {
-            "enorm.weight": TensorSpec((hidden,), TensorRole.HIDDEN_NORM),
-            "hnorm.weight": TensorSpec((hidden,), TensorRole.HIDDEN_NORM),
-            "eh_proj.weight": TensorSpec((hidden, 2 * hidden), TensorRole.MTP_PROJECTION),
-        }
-        after = {
-            "transformer.shared_head.norm.weight": TensorSpec((hidden,), TensorRole.HIDDEN_NORM),
-            "transformer.shared_head.output.weight": TensorSpec((vocab, hidden), TensorRole.LM_HEAD),
-        }
-        tensors |= _named(layer, before | _layer_tensors(hidden, layer) | after)
+        tensors |= mtp_layer_tensors(model, layer)
     return tensors
+
+
+def mtp_layer_tensors(model: ModelConfig, layer: LayerConfig) -> dict[str, TensorSpec]:
+    """The tensors of one multi-token-prediction layer by hub name, in forward order."""
+    hidden, vocab = model.hidden_size, model.vocab_size
+    before = {
+        "enorm.weight": TensorSpec((hidden,), TensorRole.HIDDEN_NORM),
+        "hnorm.weight": TensorSpec((hidden,), TensorRole.HIDDEN_NORM),
+        "eh_proj.weight": TensorSpec((hidden, 2 * hidden), TensorRole.MTP_PROJECTION),
+    }
+    after = {
+        "transformer.shared_head.norm.weight": TensorSpec((hidden,), TensorRole.HIDDEN_NORM),
+        "transformer.shared_head.output.weight": TensorSpec((vocab, hidden), TensorRole.LM_HEAD),
+    }
+    return _named(layer, before | _layer_tensors(hidden, layer) | after)
 
 
 def _named(layer: LayerConfig, tensors: dict[str, TensorSpec]) -> dict[str, TensorSpec]:

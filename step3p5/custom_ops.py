@@ -44,7 +44,7 @@ def custom_op(
     out_types: Sequence[TensorType],
     parameters: Mapping[str, bool | int | str | DType] | None = None,
 ) -> list[TensorValue]:
-    """Adds a call of one of this project's kernels to the current graph.
+    """Adds a call of one of this project's kernels to the current graph; it may write to buffers among `values`.
 
     The kernels come with the call, because a subgraph does not see the libraries of the graph that holds it.
     """

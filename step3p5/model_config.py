@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -21,9 +22,18 @@ from typing_extensions import override
 from .checkpoint_files import check_tensors, decoder_tensors, read_headers
 from .config_fields import ConfigError
 from .config_parser import parse_model_config
-from .layer_config import AttentionConfig, AttentionKind, DenseMLPConfig, Llama3Scaling, ModelConfig, MoEConfig
+from .layer_config import (
+    AttentionConfig,
+    AttentionKind,
+    DenseMLPConfig,
+    LayerConfig,
+    Llama3Scaling,
+    ModelConfig,
+    MoEConfig,
+)
 from .parallel_plan import ParallelPlan, parallel_plan
 from .pretrained_config import as_step3p5_config
+from .speculation.depth import drafting_layers
 
 MINIMUM_CPU_WINDOW = 128
 """MAX's CPU attention masks a sliding window in SIMD pieces and takes none smaller than this."""
@@ -105,6 +115,9 @@ class Step3p5Config(Llama3Config):
     plan: ParallelPlan = field(default=None, repr=False)  # type: ignore[assignment]  # filled in below when absent
     """Where every tensor lies on the devices; without expert parallelism where none is given."""
 
+    drafting_layers: tuple[LayerConfig, ...] = ()
+    """The MTP layers that draft, in order of depth; none without speculation."""
+
     def __post_init__(self) -> None:
         if self.model is None:
             self.model = parse_model_config(_hub_mapping(self))
@@ -146,23 +159,25 @@ class Step3p5Config(Llama3Config):
         """One paged cache per attention kind; the sliding one keeps `sliding_window` tokens of each request.
 
         Raises:
-            ConfigError: If layers of one attention kind differ in their KV heads, `head_dim` or window.
+            ConfigError: If layers of one attention kind differ in their KV heads, `head_dim` or window, or
+                `--kv-cache-format` asks a CPU for another type than float32.
         """
-        speculative = pipeline_config.speculative
+        model = as_step3p5_config(huggingface_config).model_config
+        drafting = drafting_layers(pipeline_config, model)
+        # Each depth but the first reads up to so many keys again that lie before the next query's window.
+        reread = max(len(drafting) - 1, 0)
         caches = {}
-        for kind, (attention, num_layers) in _attention_kinds(
-            as_step3p5_config(huggingface_config).model_config
-        ).items():
+        for kind, (attention, num_layers) in _attention_kinds((*model.layers, *drafting)).items():
             caches[str(kind)] = kv_cache_config.to_params(
-                dtype=cache_dtype,
+                dtype=_cache_dtype(cache_dtype, kv_cache_config, devices[0]),
                 n_kv_heads=attention.num_key_value_heads,
                 head_dim=attention.head_dim,
                 num_layers=num_layers,
                 devices=devices,
                 data_parallel_degree=pipeline_config.model.data_parallel_degree,
-                speculative_method=speculative.speculative_method if speculative else None,
-                num_draft_tokens=(speculative.num_speculative_tokens or 0) if speculative else 0,
-                window_size=attention.sliding_window,
+                speculative_method="mtp" if drafting else None,
+                num_draft_tokens=len(drafting),
+                window_size=attention.sliding_window and attention.sliding_window + reread,
             )
         return MultiKVCacheParams.from_params(caches)
 
@@ -216,7 +231,7 @@ class Step3p5Config(Llama3Config):
         model_config = model_config or pipeline_config.model
         model = as_step3p5_config(huggingface_config).model_config
         encoding = _select_quantization_encoding(model_config, cls.DEFAULT_ENCODING)
-        devices = [DeviceRef(spec.device_type, spec.id) for spec in model_config.device_specs]
+        devices = device_refs(model_config)
         plan = parallel_plan(model, len(devices), pipeline_config.runtime.ep_size, model_config.data_parallel_degree)
         if any(device.is_cpu() for device in devices):
             _check_cpu_window(model)
@@ -236,6 +251,7 @@ class Step3p5Config(Llama3Config):
                 huggingface_config, pipeline_config, devices, model_config.kv_cache, cache_dtype
             ),
             devices=devices,
+            drafting_layers=drafting_layers(pipeline_config, model),
             use_subgraphs=model_config.use_subgraphs,
             data_parallel_degree=model_config.data_parallel_degree,
         )
@@ -246,10 +262,27 @@ class Step3p5Config(Llama3Config):
         self.return_hidden_states = return_hidden_states
 
 
-def _attention_kinds(model: ModelConfig) -> dict[AttentionKind, tuple[AttentionConfig, int]]:
+def device_refs(model_config: MAXModelConfig) -> list[DeviceRef]:
+    """The devices that the model is asked to run on."""
+    return [DeviceRef(spec.device_type, spec.id) for spec in model_config.device_specs]
+
+
+def _cache_dtype(dtype: DType, kv_cache: KVCacheConfig, device: DeviceRef) -> DType:
+    """The type of keys and values, given the one that MAX takes for the encoding or from `--kv-cache-format`."""
+    if not device.is_cpu() or dtype == DType.float32:
+        return dtype
+    if kv_cache.kv_cache_format is not None:
+        raise ConfigError(
+            f"--kv-cache-format: found {kv_cache.kv_cache_format}, expected float32 on a CPU, which attends in it. "
+            "Leave the flag out."
+        )
+    return DType.float32
+
+
+def _attention_kinds(layers: Sequence[LayerConfig]) -> dict[AttentionKind, tuple[AttentionConfig, int]]:
     """Each attention kind in use, in layer order, with a representative layer's attention and the number of layers."""
     kinds: dict[AttentionKind, tuple[AttentionConfig, int]] = {}
-    for layer in model.layers:
+    for layer in layers:
         attention = layer.attention
         first, count = kinds.get(attention.kind, (attention, 0))
         if _cache_shape(first) != _cache_shape(attention):

@@ -18,12 +18,14 @@ from max.nn.transformer.transformer import forward_sequential_layers, logits_pos
 from max.pipelines.lib.interfaces.batch_processor import ragged_kv_symbolic_input_tree
 from max.tree import Tree
 
+from .checkpoint_tensors import TensorRole
 from .layer_config import AttentionKind, LayerConfig, MoEConfig, RopeConfig
 from .layers.decoder import DecoderLayer
 from .layers.linear import Linear
 from .layers.norm import RMSNorm
 from .layers.rope import rope_table
 from .model_config import Step3p5Config
+from .precision import activation_dtype, weight_dtype
 
 
 class Step3p5(Module):
@@ -50,7 +52,7 @@ class Step3p5(Module):
                 for layer in model.layers
             ]
         )
-        self.norm = RMSNorm(model.hidden_size, model, dtype)
+        self.norm = RMSNorm(model.hidden_size, model, weight_dtype(TensorRole.HIDDEN_NORM, dtype, device))
         self.lm_head = Linear(model.hidden_size, model.vocab_size, dtype, device)
         if model.tie_word_embeddings:
             self.lm_head.set_shared_weight("weight", self.embed_tokens.weight)
@@ -74,6 +76,16 @@ class Step3p5(Module):
             The last tokens' logits, `[batch, vocab_size]` float32; then what `return_logits` and
             `return_hidden_states` add.
         """
+        h = self.decode(tokens, input_row_offsets, kv_collections)
+        return self.outputs(h, input_row_offsets, return_n_logits)
+
+    def decode(
+        self,
+        tokens: TensorValue,
+        input_row_offsets: TensorValue,
+        kv_collections: Mapping[AttentionKind, PagedCacheValues],
+    ) -> TensorValue:
+        """The last layer's output before the final norm, `[total_seq_len, hidden_size]`; arguments as of `__call__`."""
         layers = self.config.model.layers
         tables = self._rope_tables(tokens, input_row_offsets, kv_collections)
         cache_layers = index_within_cache(layers)
@@ -95,10 +107,16 @@ class Step3p5(Module):
         (h,) = forward_sequential_layers(
             list(self.layers),
             inputs_for_layer=inputs_for_layer,
-            initial_hidden_states=[self.embed_tokens(tokens)],
+            initial_hidden_states=[self.embed(tokens)],
             subgraph_layer_groups=layers_of_equal_shape(layers) if self.config.use_subgraphs else None,
             weight_prefix_for_layer=lambda index: f"layers.{index}.",
         )
+        return h
+
+    def outputs(
+        self, h: TensorValue, input_row_offsets: TensorValue, return_n_logits: TensorValue
+    ) -> tuple[TensorValue, ...]:
+        """What the graph returns of the last layer's output `h [total_seq_len, hidden_size]`; see `__call__`."""
         return logits_postprocess(
             h,
             input_row_offsets,
@@ -108,6 +126,11 @@ class Step3p5(Module):
             self.config.return_logits,
             self.config.return_hidden_states,
         )
+
+    def embed(self, tokens: TensorValue) -> TensorValue:
+        """The tokens' rows of the embedding, `[total_seq_len, hidden_size]` in the activations' type."""
+        rows = self.embed_tokens(tokens)
+        return ops.cast(rows, activation_dtype(self.config.dtype, rows.device))
 
     def _rope_tables(
         self,

@@ -6,18 +6,19 @@ import logging
 import math
 from typing import Any
 
-from max.dtype import DType
 from max.graph.weights import WeightData, Weights
 from max.pipelines.lib import PipelineConfig
 from max.pipelines.lib.config.model_config import _select_quantization_encoding
 from max.pipelines.modeling.config_enums import supported_encoding_dtype
 from transformers import AutoConfig
 
-from .checkpoint_files import StoredTensor, check_tensors, decoder_tensors, rename
-from .checkpoint_tensors import CheckpointDtype, TensorSpec, checkpoint_tensors
-from .model_config import Step3p5Config
+from .checkpoint_files import StoredTensor, check_specs, check_tensors, decoder_tensors, layer_tensors, rename
+from .checkpoint_tensors import checkpoint_tensors, mtp_layer_tensors
+from .model_config import Step3p5Config, device_refs
+from .precision import weight_dtype
 from .pretrained_config import as_step3p5_config
 from .progress import with_progress
+from .speculation.depth import drafting_layers
 
 logger = logging.getLogger("max.pipelines")
 
@@ -39,23 +40,29 @@ def convert_safetensor_state_dict(
         pipeline_config: Says in which encoding to run.
 
     Returns:
-        The decoder's weights by graph name. MTP tensors are left out.
+        The weights by graph name: the decoder's, and those of the MTP layers that draft.
 
     Raises:
         CheckpointError: If a tensor is missing, unknown, or of another shape or type than the configuration says.
     """
     model = as_step3p5_config(huggingface_config).model_config
-    decoder = {name: weight.data() for name, weight in decoder_tensors(state_dict, model).items()}
-    check_tensors({name: _stored(data) for name, data in decoder.items()}, model)
-    encoding = _select_quantization_encoding(pipeline_config.model, Step3p5Config.DEFAULT_ENCODING)
-    run_dtype = CheckpointDtype(supported_encoding_dtype(encoding).name)
+    weights = {name: weight.data() for name, weight in decoder_tensors(state_dict, model).items()}
+    check_tensors({name: _stored(data) for name, data in weights.items()}, model)
     specs = checkpoint_tensors(model)
-    casts = [name for name, data in decoder.items() if data.dtype != _graph_dtype(specs[name], run_dtype)]
+    for layer in drafting_layers(pipeline_config, model):
+        own = {name: weight.data() for name, weight in layer_tensors(state_dict, layer).items()}
+        check_specs({name: _stored(data) for name, data in own.items()}, mtp_layer_tensors(model, layer))
+        weights |= own
+        specs |= mtp_layer_tensors(model, layer)
+    encoding = _select_quantization_encoding(pipeline_config.model, Step3p5Config.DEFAULT_ENCODING)
+    device = device_refs(pipeline_config.model)[0]
+    dtypes = {name: weight_dtype(specs[name].role, supported_encoding_dtype(encoding), device) for name in weights}
+    casts = [name for name, data in weights.items() if data.dtype != dtypes[name]]
     if casts:
-        logger.info("Casting %d of %d tensors to run in %s.", len(casts), len(decoder), encoding)
-    for name in with_progress(casts, lambda name: _num_bytes(decoder[name]), f"Casting to {encoding}"):
-        decoder[name] = decoder[name].astype(_graph_dtype(specs[name], run_dtype))
-    return {rename(name, GRAPH_PREFIXES): data for name, data in decoder.items()}
+        logger.info("Casting %d of %d tensors to run in %s.", len(casts), len(weights), encoding)
+    for name in with_progress(casts, lambda name: _num_bytes(weights[name]), f"Casting to {encoding}"):
+        weights[name] = weights[name].astype(dtypes[name])
+    return {rename(name, GRAPH_PREFIXES): data for name, data in weights.items()}
 
 
 def _stored(data: WeightData) -> StoredTensor:
@@ -64,7 +71,3 @@ def _stored(data: WeightData) -> StoredTensor:
 
 def _num_bytes(data: WeightData) -> int:
     return math.prod(_stored(data).shape) * data.dtype.size_in_bytes
-
-
-def _graph_dtype(spec: TensorSpec, run_dtype: CheckpointDtype) -> DType:
-    return DType[spec.dtype(run_dtype).value]

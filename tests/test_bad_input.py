@@ -230,13 +230,6 @@ def test_quantisation_flag(fresh: FreshProcesses, tiny: Path) -> None:
     assert line == "ValueError: quantization_encoding of 'q4_k' not supported by MAX engine."
 
 
-def test_bfloat16_flag_on_a_cpu(fresh: FreshProcesses, tiny: Path) -> None:
-    line = fresh.last_line_of_loading(tiny, quantization_encoding="bfloat16")
-    assert "'bfloat16' is not supported on this device" in line
-    assert "cpu" in line
-    assert line.endswith("Please use a different device or a different encoding.")
-
-
 def run_max(folder: Path, *options: str, prompt: str = "hi") -> str:
     """The last line of standard error of `max generate`, which has to fail."""
     command = [MAX, "generate", "--model", str(folder), "--custom-architectures", "pipelines_registry"]

@@ -178,7 +178,7 @@ def test_a_run_prints_a_table_and_writes_the_same_as_json(
         (3, 1, 7),
     ]
     assert [r["seconds"]["count"] for r in content["results"]] == [2, 10, 10]
-    assert content["precision"] == {"weights": "bfloat16", "cache": "bfloat16"}
+    assert content["precision"] == {"weights": "bfloat16", "cache": "float32"}
     assert content["bandwidth"]["copy"]["median"] > 0
     assert {"date", "command", "cpu", "cores", "versions"} <= content["environment"].keys()
 

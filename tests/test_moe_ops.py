@@ -357,7 +357,7 @@ def test_grouping_names_an_expert_that_does_not_exist(kernels: Ops) -> None:
 
 
 def test_routing_names_a_top_k_above_the_experts(kernels: Ops) -> None:
-    with pytest.raises(Exception, match="step3p5_moe_route: top_k is 4, expected at most the 3 experts"):
+    with pytest.raises(Exception, match=r"step3p5_moe_(assign|route): top_k is 4, expected at most the 3 experts"):
         kernels.execute("router", np.zeros((1, 3), np.float32), np.zeros(3, np.float32), np.zeros(4, np.float32))
 
 

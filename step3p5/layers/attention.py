@@ -10,7 +10,9 @@ from max.nn.kv_cache import KVCacheParams, PagedCacheValues
 from max.nn.layer import Module
 
 from .. import kernels
+from ..checkpoint_tensors import TensorRole
 from ..layer_config import AttentionConfig, ModelConfig
+from ..precision import weight_dtype
 from .linear import Linear
 from .norm import RMSNorm
 
@@ -42,8 +44,9 @@ class Attention(Module):
         if config.head_wise_gate:
             self.g_proj = Linear(hidden_size, config.num_attention_heads, dtype, device)
         if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, model, dtype)
-            self.k_norm = RMSNorm(head_dim, model, dtype)
+            norm_dtype = weight_dtype(TensorRole.QK_NORM, dtype, device)
+            self.q_norm = RMSNorm(head_dim, model, norm_dtype)
+            self.k_norm = RMSNorm(head_dim, model, norm_dtype)
         self.mask = (
             MHAMaskVariant.CAUSAL_MASK if config.sliding_window is None else MHAMaskVariant.SLIDING_WINDOW_CAUSAL_MASK
         )

@@ -7,8 +7,11 @@ from max.graph import DeviceRef, TensorValue, ops
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
 from max.nn.layer import Module
 
+from ..checkpoint_tensors import TensorRole
 from ..layer_config import LayerConfig, ModelConfig, MoEConfig
+from ..precision import weight_dtype
 from .attention import Attention
+from .cpu_blocks import attention_block, mlp_block, moe_block
 from .mlp import MLP
 from .moe import MoE
 from .norm import RMSNorm
@@ -31,9 +34,10 @@ class DecoderLayer(Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.input_layernorm = RMSNorm(model.hidden_size, model, dtype)
+        norm_dtype = weight_dtype(TensorRole.HIDDEN_NORM, dtype, device)
+        self.input_layernorm = RMSNorm(model.hidden_size, model, norm_dtype)
         self.self_attn = Attention(config.attention, model, kv_params, dtype, device)
-        self.post_attention_layernorm = RMSNorm(model.hidden_size, model, dtype)
+        self.post_attention_layernorm = RMSNorm(model.hidden_size, model, norm_dtype)
         if isinstance(config.mlp, MoEConfig):
             self.moe = MoE(config.mlp, model.hidden_size, dtype, device, experts)
             self.share_expert = MLP(config.mlp.shared_expert.intermediate_size, model.hidden_size, dtype, device)
@@ -64,6 +68,21 @@ class DecoderLayer(Module):
         Returns:
             `[total_seq_len, hidden_size]`.
         """
+        if h.device.is_cpu():
+            h = attention_block(
+                self.input_layernorm,
+                self.self_attn,
+                h,
+                cache_layer,
+                kv_collection,
+                rope_table,
+                input_row_offsets,
+            )
+            if isinstance(self.config.mlp, MoEConfig):
+                return moe_block(
+                    self.post_attention_layernorm, self.moe, self.share_expert, h, routed_limit, shared_limit
+                )
+            return mlp_block(self.post_attention_layernorm, self.mlp, h, shared_limit)
         h = h + self.self_attn(self.input_layernorm(h), cache_layer, kv_collection, rope_table, input_row_offsets)
         x = self.post_attention_layernorm(h)
         if isinstance(self.config.mlp, MoEConfig):

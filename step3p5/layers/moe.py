@@ -7,7 +7,9 @@ from max.graph import DeviceRef, TensorValue, Weight, ops
 from max.nn.layer import Module
 
 from .. import kernels
+from ..checkpoint_tensors import TensorRole
 from ..layer_config import MoEConfig
+from ..precision import weight_dtype
 from .linear import Linear
 
 
@@ -40,7 +42,7 @@ class MoE(Module):
         width = config.intermediate_size
         self.config = config
         self.experts = range(config.num_experts) if experts is None else experts
-        self.gate = Linear(hidden_size, config.num_experts, dtype, device)
+        self.gate = Linear(hidden_size, config.num_experts, weight_dtype(TensorRole.ROUTER, dtype, device), device)
         if config.router_bias:
             self.router_bias = Weight("router_bias", DType.float32, [config.num_experts], device)
         self.gate_proj = ExpertWeights(len(self.experts), hidden_size, width, dtype, device)
@@ -54,14 +56,9 @@ class MoE(Module):
         """
         config = self.config
         logits = self._router_logits(x)
-        bias = (
-            self.router_bias
-            if config.router_bias
-            else ops.broadcast_to(ops.constant(0.0, DType.float32, device=x.device), (config.num_experts,))
-        )
         chosen = kernels.assign(
             logits,
-            bias,
+            self.bias(),
             top_k=config.top_k,
             normalize=config.normalize_weights,
             scale=config.router_scaling_factor,
@@ -79,6 +76,13 @@ class MoE(Module):
             ops.constant(expert, DType.int32, device=ids.device) for expert in (self.experts.start, self.experts.stop)
         )
         return ops.logical_and(ids >= first, ids < end)
+
+    def bias(self) -> TensorValue:
+        """The router's selection bias, `[num_experts]` float32; zeros where the checkpoint has none."""
+        if self.config.router_bias:
+            return self.router_bias
+        zero = ops.constant(0.0, DType.float32, device=self.gate.weight.device)
+        return ops.broadcast_to(zero, (self.config.num_experts,))
 
     def _router_logits(self, x: TensorValue) -> TensorValue:
         if self.config.fp32_gate:

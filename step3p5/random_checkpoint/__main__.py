@@ -30,11 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dtype", choices=[dtype.value for dtype in CheckpointDtype], default=CheckpointDtype.FLOAT32.value
     )
     parser.add_argument("--seed", metavar="S", type=int, default=0)
+    parser.add_argument(
+        "--predictable",
+        metavar="P",
+        type=float,
+        help="make the next token predictable; each MTP layer drafts it right at about the rate P (0 to 1)",
+    )
     options = parser.parse_args(arguments)
 
     try:
         summary = write_random_checkpoint(
-            options.out, options.preset, options.layers, CheckpointDtype(options.dtype), options.seed
+            options.out,
+            options.preset,
+            options.layers,
+            CheckpointDtype(options.dtype),
+            options.seed,
+            options.predictable,
         )
     except RandomCheckpointError as error:
         parser.exit(_EXIT_USAGE, f"{parser.prog}: error: {error}\n")

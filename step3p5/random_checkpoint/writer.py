@@ -18,11 +18,12 @@ from tqdm import tqdm
 from step3p5.checkpoint_tensors import CheckpointDtype, TensorSpec, checkpoint_tensors, mtp_tensors
 from step3p5.config_parser import parse_model_config
 from step3p5.random_checkpoint.hub_config import hub_config, hub_generation_config
+from step3p5.random_checkpoint.predictable import TokenRing, make_predictable
 from step3p5.random_checkpoint.presets import PRESETS
 from step3p5.random_checkpoint.random_values import SLAB_ELEMENTS, quantile_table, random_words, slabs
 from step3p5.random_checkpoint.scales import distribution
 from step3p5.random_checkpoint.shards import INDEX_NAME, Shard, ShardTensor, index_json, plan_shards
-from step3p5.random_checkpoint.tokenizer import tokenizer_files
+from step3p5.random_checkpoint.tokenizer import CONTROL_TOKENS, tokenizer_files
 
 
 class RandomCheckpointError(Exception):
@@ -45,15 +46,20 @@ def write_random_checkpoint(
     num_layers: int | None = None,
     dtype: CheckpointDtype = CheckpointDtype.FLOAT32,
     seed: int = 0,
+    predictable: float | None = None,
 ) -> CheckpointSummary:
     """Write a checkpoint of the first `num_layers` layers (default all) of `preset`, with its MTP layers, to `out`.
+
+    With `predictable`, 0 to 1, its next tokens can be predicted, and each MTP layer drafts what the decoder will choose
+    at about that rate; how is said in `predictable.py`.
+
 
     The same arguments give the same bytes. Values come from `scales`; a bfloat16 checkpoint is the float32 one rounded.
     Everything goes to `<out>.partial` first, which is renamed when complete and removed on any exception.
 
     Raises:
-        RandomCheckpointError: `out` is in use, `num_layers` is out of range, or the disk is too full. Nothing is
-            written then.
+        RandomCheckpointError: `out` is in use, `num_layers` or `predictable` is out of range, or the disk is too full.
+            Nothing is written then.
         OSError: writing failed. What was written is removed.
     """
     shape = PRESETS[preset]
@@ -64,6 +70,8 @@ def write_random_checkpoint(
             f"--layers is {num_layers}, but preset {preset} has {shape.num_hidden_layers} layers: "
             f"choose from 1 to {shape.num_hidden_layers}"
         )
+    if predictable is not None and not 0 <= predictable <= 1:
+        raise RandomCheckpointError(f"--predictable is {predictable}, but it is a rate: choose from 0 to 1")
     out = out.resolve()
     _require_free(out)
     config = hub_config(shape, num_layers, dtype)
@@ -88,6 +96,9 @@ def write_random_checkpoint(
             for shard in shards:
                 for written in _write_shard(shard, folder, seed, executor):
                     progress.update(written)
+        if predictable is not None:
+            ring = TokenRing(len(CONTROL_TOKENS), shape.first_role_token_id)
+            make_predictable(folder, shards, ring, predictable, seed)
     return CheckpointSummary(
         num_tensors=len(tensors),
         num_parameters=sum(spec.num_elements for spec in tensors.values()),

@@ -1,0 +1,84 @@
+"""A team of threads that goes through the phases of an op together.
+
+One launch on the worker threads costs about as much as ten phases, so an op that does much launches once. Within a
+phase, threads take piece after piece from a common counter. A thread waits only for pieces that others have begun: the
+team gets through with any number of threads, in any order of their start, and a thread that the system takes away holds
+up no more than its piece.
+"""
+
+from max.algorithm import sync_parallelize
+from max.runtime.asyncrt import parallelism_level
+from std.atomic import Atomic, Ordering
+from std.ffi import external_call
+from std.memory.alloc import unsafe_alloc
+from std.sys import CompilationTarget
+from std.sys.intrinsics import llvm_intrinsic
+
+comptime Counters = Pointer[Int64, MutUntrackedOrigin]
+
+comptime COUNTER_STRIDE = 16
+"""Distance of counters: two cache lines, which processors fetch in pairs."""
+
+comptime MAX_PHASES = 16
+
+comptime SPINS_BEFORE_YIELD = 200
+"""Waiting this many pauses, some microseconds, is cheaper than a call into the system; beyond, another thread may need
+the core."""
+
+
+@always_inline
+def pause():
+    """Tells the processor that the thread waits."""
+    comptime if CompilationTarget.is_x86():
+        llvm_intrinsic["llvm.x86.sse2.pause", NoneType, has_side_effect=True]()
+
+
+@fieldwise_init
+struct Team(Copyable):
+    """One thread's view of its team."""
+
+    var counters: Counters
+    var phase: Int
+
+    @always_inline
+    def each[Body: def(Int) -> None](mut self, pieces: Int, body: Body):
+        """Runs `body(0) … body(pieces - 1)`, each on one thread of the team, and returns when all are done.
+
+        Every thread of the team calls it with the same number.
+        """
+        var next = self.counters.unsafe_offset(self.phase * 2 * COUNTER_STRIDE)
+        var done = next.unsafe_offset(COUNTER_STRIDE)
+        self.phase += 1
+        var own = Int64(0)
+        while True:
+            var piece = Atomic[Int64].fetch_add[ordering=Ordering.RELAXED](
+                next, 1
+            )
+            if Int(piece) >= pieces:
+                break
+            body(Int(piece))
+            own += 1
+        if own > 0:
+            _ = Atomic[Int64].fetch_add[ordering=Ordering.RELEASE](done, own)
+        var spins = 0
+        while Int(Atomic[Int64].load[ordering=Ordering.ACQUIRE](done)) < pieces:
+            spins += 1
+            if spins < SPINS_BEFORE_YIELD:
+                pause()
+            else:
+                _ = external_call["sched_yield", Int32]()
+
+
+def on_team[Work: def(mut Team) -> None](work: Work):
+    """Runs `work` on all worker threads; it has at most `MAX_PHASES` phases."""
+    comptime size = MAX_PHASES * 2 * COUNTER_STRIDE
+    var counters = unsafe_alloc[Int64](size, alignment=128)
+    for i in range(size):
+        counters[unsafe_offset=i] = 0
+
+    def run(index: Int) {imm}:
+        var team = Team(counters, 0)
+        work(team)
+
+    sync_parallelize(run, parallelism_level(None))
+    counters.unsafe_free()

@@ -1,0 +1,169 @@
+"""The graph of one multi-token-prediction depth: from a hidden state and the token after it, the next token.
+
+Depth `k` at position `i` reads the token at `i + k + 1` and the hidden state at `i` of depth `k - 1` (of the target,
+before its final norm, for `k = 0`), and predicts the token at `i + k + 2`:
+`z = eh_proj( concat( enorm(embed(token)), hnorm(previous) ) )`, one decoder layer with a cache of its own, and
+`logits = shared_head.output( shared_head.norm(z) )`. Every depth has its own head; the embedding is the target's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from max.dtype import DType
+from max.graph import DeviceRef, Graph, TensorType, TensorValue, Type, Value, ops
+from max.graph import Module as GraphModule
+from max.nn.embedding import Embedding
+from max.nn.kv_cache import KVCacheParams, PagedCacheValues
+from max.nn.layer import Module
+
+from .checkpoint_tensors import TensorRole
+from .layer_config import LayerConfig, ModelConfig
+from .layers.decoder import DecoderLayer
+from .layers.linear import Linear
+from .layers.norm import RMSNorm
+from .layers.rope import rope_table
+from .precision import activation_dtype, weight_dtype
+
+UNKNOWN_TOKEN = -1
+"""In `known`: the token after a request's last row has not been chosen yet, so the draft stands for it."""
+
+
+class SharedHead(Module):
+    """A depth's own norm and output projection; the names are the checkpoint's."""
+
+    def __init__(self, model: ModelConfig, dtype: DType, device: DeviceRef) -> None:
+        super().__init__()
+        self.norm = RMSNorm(model.hidden_size, model, weight_dtype(TensorRole.HIDDEN_NORM, dtype, device))
+        self.output = Linear(model.hidden_size, model.vocab_size, dtype, device)
+
+    def __call__(self, z: TensorValue) -> TensorValue:
+        """Hidden states `[rows, hidden_size]` to float32 logits `[rows, vocab_size]`."""
+        return ops.cast(self.output(self.norm(z)), DType.float32)
+
+
+class MTPDepth(Module):
+    """One depth. Depths of one shape make the same graph: what differs, weights aside, comes in as a value.
+
+    Weight names are the checkpoint's less `model.layers.{index}.` and `transformer.`.
+
+    Args:
+        layer: The depth's decoder layer.
+        model: Hidden size, vocabulary and norm constants.
+        kv_params: The cache that holds this kind of layer.
+        dtype: Storage type of the weights.
+        device: Where the depth runs.
+    """
+
+    def __init__(
+        self, layer: LayerConfig, model: ModelConfig, kv_params: KVCacheParams, dtype: DType, device: DeviceRef
+    ) -> None:
+        super().__init__()
+        hidden_size = model.hidden_size
+        self.config, self.kv_params = layer, kv_params
+        self.hidden_size, self.dtype, self.device = hidden_size, activation_dtype(dtype, device), device
+        self.embed_tokens = Embedding(model.vocab_size, hidden_size, dtype, device)
+        norm_dtype = weight_dtype(TensorRole.HIDDEN_NORM, dtype, device)
+        self.enorm = RMSNorm(hidden_size, model, norm_dtype)
+        self.hnorm = RMSNorm(hidden_size, model, norm_dtype)
+        self.eh_proj = Linear(2 * hidden_size, hidden_size, dtype, device)
+        self.layer = DecoderLayer(layer, model, kv_params, dtype, device)
+        self.shared_head = SharedHead(model, dtype, device)
+
+    def __call__(
+        self,
+        previous: TensorValue,
+        tokens: TensorValue,
+        following: TensorValue,
+        known: TensorValue,
+        input_row_offsets: TensorValue,
+        cache_layer: TensorValue,
+        swiglu_limit: TensorValue,
+        kv_collection: PagedCacheValues,
+    ) -> tuple[TensorValue, TensorValue, TensorValue, TensorValue]:
+        """Runs the depth over a ragged batch and drafts one token a request.
+
+        Args:
+            previous: Hidden states of the depth before, `[rows, hidden_size]`.
+            tokens: The token that each row joins with its hidden state, `[rows]` int64.
+            following: `[rows]` int64, where each row's token at the next depth stands in `tokens` followed by the
+                `batch` tokens chosen here.
+            known: `[batch]` int64, the token after each request's last one, or `UNKNOWN_TOKEN`.
+            input_row_offsets: `[batch + 1]` uint32.
+            cache_layer: This depth's index within its cache, a uint32 scalar on the host.
+            swiglu_limit: Clamp limit of the MLP, a float32 scalar on the host; infinite where there is none.
+            kv_collection: The paged cache; its lengths are those of this depth.
+
+        Returns:
+            The depth's hidden states `[rows, hidden_size]`; the next depth's `tokens [rows]`; the drafted tokens
+            `[batch]`; the logits `[batch, vocab_size]` float32 that they were drafted from.
+        """
+        rope = self.config.attention.rope
+        embedded = ops.cast(self.embed_tokens(tokens), self.dtype)
+        joined = ops.concat([self.enorm(embedded), self.hnorm(previous)], axis=-1)
+        table = () if rope is None else (rope_table(rope, tokens, input_row_offsets, kv_collection.cache_lengths),)
+        z = self.layer(
+            self.eh_proj(joined), cache_layer, kv_collection, input_row_offsets, swiglu_limit, swiglu_limit, *table
+        )
+        logits = self.shared_head(ops.gather(z, input_row_offsets[1:] - 1, axis=0))
+        drafts = ops.rebind(ops.squeeze(ops.argmax(logits, axis=-1), -1), known.shape)
+        chosen = ops.where(known == UNKNOWN_TOKEN, drafts, known)
+        return z, ops.gather(ops.concat([tokens, chosen]), following, axis=0), drafts, logits
+
+    def input_types(self) -> tuple[Type[Any], ...]:
+        """The graph's inputs: those of `__call__`, in its order."""
+        host = DeviceRef.CPU()
+        return (
+            TensorType(self.dtype, ["rows", self.hidden_size], self.device),
+            TensorType(DType.int64, ["rows"], self.device),
+            TensorType(DType.int64, ["rows"], self.device),
+            TensorType(DType.int64, ["batch"], self.device),
+            TensorType(DType.uint32, ["input_row_offsets_len"], self.device),
+            TensorType(DType.uint32, [], host),
+            TensorType(DType.float32, [], host),
+            *self.kv_params.flattened_kv_inputs(),
+        )
+
+    def trace(
+        self,
+        *input_types: Type[Any],
+        name: str | None = None,
+        module: GraphModule | None = None,
+        custom_extensions: Iterable[Path] = (),
+        is_device_graph: bool = False,
+    ) -> Graph:
+        """Traces the graph over `input_types()`; see `max.nn.Module.trace`."""
+
+        def forward(*inputs: Value[Any]) -> tuple[TensorValue, ...]:
+            previous, tokens, following, known, row_offsets, cache_layer, limit = (v.tensor for v in inputs[:7])
+            (collection,) = self.kv_params.unflatten_kv_inputs(iter(inputs[7:]))
+            return self(previous, tokens, following, known, row_offsets, cache_layer, limit, collection)
+
+        return Graph(
+            name or type(self).__name__,
+            forward,
+            input_types=input_types,
+            custom_extensions=list(custom_extensions),
+            module=module,
+            is_device_graph=is_device_graph,
+        )
+
+
+def depth_weights(state_dict: Mapping[str, Any], layer: LayerConfig) -> dict[str, Any]:
+    """The weights of one depth by `MTPDepth`'s names, from the loaded checkpoint's by graph name."""
+    prefix = f"layers.{layer.index}."
+    weights = {"embed_tokens.weight": state_dict["embed_tokens.weight"]}
+    for name, data in state_dict.items():
+        if name.startswith(prefix):
+            own = name.removeprefix(prefix).removeprefix("transformer.")
+            outside = own.split(".")[0] in ("enorm", "hnorm", "eh_proj", "shared_head")
+            weights[own if outside else f"layer.{own}"] = data
+    return weights
+
+
+def swiglu_limit(layer: LayerConfig) -> float:
+    """The clamp limit of a depth's MLP; infinite where there is none."""
+    return layer.mlp.swiglu_limit or math.inf

@@ -1,0 +1,110 @@
+"""The two graphs around the drafts: the verifying target, and the selection of the rows that the drafts read."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from max.dtype import DType
+from max.graph import DeviceRef, Graph, TensorType, TensorValue, Type, Value, ops
+from max.graph import Module as GraphModule
+from max.nn.layer import Module
+from max.pipelines.lib.interfaces.batch_processor import ragged_kv_symbolic_input_tree
+from typing_extensions import override
+
+from ..step3p5 import Step3p5
+
+
+class VerifyingStep3p5(Step3p5):
+    """The target: logits of any rows, and the hidden states of all that the drafts start from."""
+
+    @override
+    def outputs(
+        self, h: TensorValue, input_row_offsets: TensorValue, return_n_logits: TensorValue
+    ) -> tuple[TensorValue, ...]:
+        """Logits `[len(return_n_logits), vocab_size]` float32 of the rows `return_n_logits`, and `h` itself.
+
+        `return_n_logits` is `[logit_rows]` int64 here: rows of the ragged batch, in any number a request.
+        """
+        del input_row_offsets
+        rows = ops.gather(h, return_n_logits, axis=0)
+        return ops.cast(self.lm_head(self.norm(rows)), DType.float32), h
+
+    @override
+    def input_tree(self) -> Mapping[str, object]:
+        """Names the graph's inputs; the leaves, in order, are the graph's inputs."""
+        tree = ragged_kv_symbolic_input_tree(
+            kv_params=self.kv_params,
+            device_refs=list(self.config.devices),
+            include_signal_buffers=False,
+            batch_order=("tokens", "row_offsets"),
+        )
+        logit_rows = TensorType(DType.int64, ["logit_rows"], self.config.devices[0])
+        return OrderedDict(
+            batch=tree["batch"], logit_rows=logit_rows, kv=tree["kv"]
+        )  # a plain dict is flattened sorted
+
+
+class RowSelection(Module):
+    """Gathers hidden states of this step and of the steps before into the rows that the drafts read.
+
+    Args:
+        hidden_size: Width of a row.
+        dtype: Type of the hidden states.
+        device: Where they are.
+    """
+
+    def __init__(self, hidden_size: int, dtype: DType, device: DeviceRef) -> None:
+        super().__init__()
+        self.hidden_size, self.dtype, self.device = hidden_size, dtype, device
+
+    def __call__(
+        self, hidden: TensorValue, kept: TensorValue, rows: TensorValue, keep: TensorValue
+    ) -> tuple[TensorValue, TensorValue]:
+        """Selects rows of `hidden` followed by `kept`.
+
+        Args:
+            hidden: The target's hidden states of this step, `[total_seq_len, hidden_size]`.
+            kept: Rows kept from the steps before, `[kept, hidden_size]`.
+            rows: `[rows]` int64, what the drafts read.
+            keep: `[keep]` int64, what the next step will need again.
+
+        Returns:
+            `[rows, hidden_size]` and `[keep, hidden_size]`.
+        """
+        all_rows = ops.concat([hidden, kept], axis=0)
+        return ops.gather(all_rows, rows, axis=0), ops.gather(all_rows, keep, axis=0)
+
+    def input_types(self) -> tuple[Type[Any], ...]:
+        """The graph's inputs: those of `__call__`, in its order."""
+        return (
+            TensorType(self.dtype, ["total_seq_len", self.hidden_size], self.device),
+            TensorType(self.dtype, ["kept", self.hidden_size], self.device),
+            TensorType(DType.int64, ["rows"], self.device),
+            TensorType(DType.int64, ["keep"], self.device),
+        )
+
+    def trace(
+        self,
+        *input_types: Type[Any],
+        name: str | None = None,
+        module: GraphModule | None = None,
+        custom_extensions: Iterable[Path] = (),
+        is_device_graph: bool = False,
+    ) -> Graph:
+        """Traces the graph over `input_types()`; see `max.nn.Module.trace`."""
+
+        def forward(*inputs: Value[Any]) -> tuple[TensorValue, ...]:
+            hidden, kept, rows, keep = (value.tensor for value in inputs)
+            return self(hidden, kept, rows, keep)
+
+        return Graph(
+            name or type(self).__name__,
+            forward,
+            input_types=input_types,
+            custom_extensions=list(custom_extensions),
+            module=module,
+            is_device_graph=is_device_graph,
+        )

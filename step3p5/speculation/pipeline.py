@@ -1,0 +1,203 @@
+"""The speculative loop: verify the drafts of the step before, emit what the target drew, draft anew."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from max.driver import Buffer
+from max.pipelines.context import TextContext, TextGenerationOutput
+from max.pipelines.context.exceptions import InputError
+from max.pipelines.lib.pipeline_variants.text_generation import TextGenerationPipeline
+from max.pipelines.modeling.types import PipelineOutputsDict, RequestID, TextGenerationInputs
+from max.pipelines.sampling import FusedSamplingProcessor, apply_logits_processors
+from max.pipelines.speculative.utils import _SpeculativeDecodingMetrics
+from max.support.algorithm import flatten2d
+from typing_extensions import override
+
+from .acceptance import can_verify_drafts, commit, contexts_ahead, num_accepted
+from .model import SpeculativeStep3p5Model
+from .policy import AdaptiveDepth, DraftPlan, FixedDepth
+from .rows import Advance, draft_rows
+from .state import RequestState, concatenated
+from .statistics import Statistics
+
+
+class SpeculativePipeline(TextGenerationPipeline[TextContext]):
+    """Text generation that emits one to `depth + 1` tokens of a request a step, each drawn by the target.
+
+    MAX's scheduler drives it as it drives the plain pipeline, in whatever batches of prompts, chunks of prompts and
+    running requests it makes.
+    """
+
+    _pipeline_model: SpeculativeStep3p5Model
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._states: dict[RequestID, RequestState] = {}
+        self._step_metrics: _SpeculativeDecodingMetrics | None = None
+        self._planned = DraftPlan(0, 0)
+        self.statistics = Statistics(self._pipeline_model.depth)
+        speculative = self._pipeline_config.speculative
+        schedule = speculative.verify_width_schedule if speculative is not None else None
+        self.policy: FixedDepth | AdaptiveDepth = (
+            AdaptiveDepth(self._pipeline_model.depth)
+            if schedule is None
+            else FixedDepth(schedule, self._pipeline_model.depth)
+        )
+
+    def batch_spec_decode_metrics(self) -> _SpeculativeDecodingMetrics | None:
+        """Acceptance of the last step, for the scheduler's log and `/metrics`; `None` without speculation."""
+        return self._step_metrics
+
+    @override
+    def release(self, request_id: RequestID) -> None:
+        """Forgets a request, whether it is finished or was hung up."""
+        self._states.pop(request_id, None)
+        super().release(request_id)
+
+    @override
+    def _execute(self, inputs: TextGenerationInputs[TextContext]) -> PipelineOutputsDict[TextGenerationOutput]:
+        if not self._pipeline_model.depth:
+            return super()._execute(inputs)
+        if inputs.enable_log_probs:
+            raise InputError(
+                "logprobs: found a request for them, expected none with speculation. Run without --speculative-method."
+            )
+        batch = flatten2d(inputs.batches)
+        if not batch:
+            return {}
+        started = time.perf_counter()
+        states = [self._state(context) for context in batch]
+        drafts = [self._drafts_to_verify(context, state) for context, state in zip(batch, states, strict=True)]
+        pure = all(context.tokens.active_length == 1 and context.tokens.generated_length for context in batch)
+        ahead = flatten2d([contexts_ahead(context, d) for context, d in zip(batch, drafts, strict=True)])
+        bitmask = self.initialize_bitmask(ahead)
+        if bitmask is not None:
+            for row, context in enumerate(ahead):
+                self.update_for_structured_output(context, bitmask, row)
+        for context, own in zip(batch, drafts, strict=True):
+            context.spec_decoding_state.draft_tokens_to_verify = own
+        kv_cache_inputs = self._kv_manager.runtime_inputs(inputs.batches)
+        logits, hidden = self._pipeline_model.verify(batch, drafts, kv_cache_inputs)
+        drawn = self._sample(logits, ahead, bitmask)
+        first_rows = self._commit(batch, drafts, drawn)
+        verified = time.perf_counter()
+        outputs = {c.request_id: output for c in batch if (output := c.to_generation_output()).tokens}
+        if pure and self._planned.num_requests == len(batch):
+            self.policy.record_verification(len(batch), self._planned.depth, verified - started)
+        self._draft(batch, states, first_rows, hidden, kv_cache_inputs, pure)
+        self.statistics.record_times(verified - started, time.perf_counter() - verified)
+        for context in batch:
+            self._kv_manager.step(context)
+        return outputs
+
+    def _state(self, context: TextContext) -> RequestState:
+        """The request's state; a new one where it is new, or was preempted."""
+        state = self._states.get(context.request_id)
+        if state is None or state.position != context.tokens.processed_length:
+            model = self._pipeline_model
+            state = RequestState(context.tokens.processed_length, model.depth, model.rows_to_go_on)
+            self._states[context.request_id] = state
+        return state
+
+    def _drafts_to_verify(self, context: TextContext, state: RequestState) -> list[int]:
+        """The request's drafts, as far as there is room for them before its maximum length."""
+        if context.tokens.active_length != 1 or not can_verify_drafts(context):
+            return []
+        return list(state.drafts[: max(0, context.max_length - len(context.tokens) - 1)])
+
+    def _sample(self, logits: Buffer, ahead: list[TextContext], bitmask: npt.NDArray[np.int32] | None) -> list[int]:
+        """One token for each row of `logits`, drawn as the plain pipeline would draw it at that position."""
+        sampler = self._sampler_without_bitmask if bitmask is None else self._sampler_with_bitmask
+        assert sampler is not None
+        processor = FusedSamplingProcessor(
+            sampler=sampler,
+            pipeline_config=self._pipeline_config,
+            context_batch=ahead,
+            device=self._sampler_device,
+            bitmask=bitmask,
+            vocab_size=self.vocab_size,
+        )
+        apply_logits_processors(
+            context_batch=ahead, batch_logits=logits, batch_logit_offsets=None, batch_processors=[processor]
+        )
+        tokens: list[int] = processor.get_new_tokens_numpy().ravel().tolist()
+        return tokens
+
+    def _commit(self, batch: Sequence[TextContext], drafts: Sequence[list[int]], drawn: list[int]) -> list[int]:
+        """Appends to each request what was drawn for it up to the first rejected draft, and counts acceptance.
+
+        Returns:
+            Each request's first row in the step's ragged batch.
+        """
+        first_rows, counts = [], []
+        next_draw = next_row = 0
+        for context, own in zip(batch, drafts, strict=True):
+            first_rows.append(next_row)
+            next_row += context.tokens.active_length + len(own)
+            tokens = drawn[next_draw : next_draw + len(own) + 1]
+            next_draw += len(tokens)
+            if context.tokens.actively_chunked:
+                context.update(tokens[0])  # moves on to the next chunk; nothing is appended
+            else:
+                accepted = num_accepted(own, tokens)
+                commit(context, tokens[: accepted + 1])
+                if own:
+                    counts.append((len(own), accepted))
+            context.spec_decoding_state.draft_tokens_to_verify = []
+        self._step_metrics = self.statistics.record_step(counts)
+        self.policy.record_acceptance(counts)
+        return first_rows
+
+    def _draft(
+        self,
+        batch: Sequence[TextContext],
+        states: Sequence[RequestState],
+        first_rows: Sequence[int],
+        hidden: Buffer,
+        kv_cache_inputs: Any,
+        pure: bool,
+    ) -> None:
+        """Lets the depths read what the step verified and draft, for the requests that the policy names."""
+        model = self._pipeline_model
+        running = [index for index, context in enumerate(batch) if not context.is_done]
+        for context in batch:
+            if context.is_done:
+                self._states.pop(context.request_id, None)
+        if not running:
+            return
+        plan = self.policy.plan(len(running), pure)
+        self._planned = plan
+        started = time.perf_counter()
+        if plan.depth:
+            # Those with the least to catch up with: the same ones again in the next step.
+            behind = {index: states[index].position - states[index].first_unread(plan.depth) for index in running}
+            drafting = sorted(sorted(running, key=behind.__getitem__)[: plan.num_requests])
+        else:
+            drafting = []
+        advances = []
+        for index in running:
+            end, start = batch[index].tokens.processed_length, states[index].position
+            depth = plan.depth if index in drafting else 0
+            unread = states[index].first_unread(plan.depth) if depth else start
+            keep = min(states[index].rows_to_keep(end, depth), end - start)
+            advances.append(
+                Advance(batch[index].tokens.all, start, end, first_rows[index], start - unread, depth > 0, keep)
+            )
+        rows = draft_rows(advances, int(hidden.shape[0]), plan.depth)
+        pieces = [p for i, a in zip(running, advances, strict=True) for p in states[i].rows_from(a.start - a.kept)]
+        kept = concatenated(pieces, int(hidden.shape[1]), hidden.dtype.to_numpy())
+        drafted, new_rows = model.draft(rows, hidden, kept, kv_cache_inputs, drafting)
+        splits = np.split(new_rows, np.cumsum(rows.keep_counts)[:-1])
+        own_drafts = dict(zip(drafting, drafted.tolist(), strict=True))
+        for index, advance, own_rows in zip(running, advances, splits, strict=True):
+            depth = plan.depth if advance.drafts else 0
+            # Amid a prompt the next tokens are known: what was drafted stands for none.
+            drafts = own_drafts.get(index, ()) if advance.end + 1 == len(advance.tokens) else ()
+            states[index].advance(advance.end, depth, own_rows, drafts)
+        if plan.depth and pure and plan.num_requests == len(running) and rows.max_prompt_length <= 2 * model.depth:
+            self.policy.record_drafting(len(running), plan.depth, time.perf_counter() - started)

@@ -1,0 +1,213 @@
+"""How deep to draft: by what a cycle costs and yields at each depth, both measured as the requests run.
+
+A cycle drafts `d` tokens of each request and verifies them. With a conditional acceptance `a_k` at depth `k` it gives a
+request `1 + a_0 + a_0 a_1 + …` tokens. The depth whose tokens come fastest is chosen, for the batch at hand; 0 is plain
+decoding. What is not in use is tried now and then, so that a change of the requests or of the machine is noticed: each
+depth for a few cycles to learn its time, and where nothing is drafted, a few requests for a while to learn their
+acceptance.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PROBE_PERIOD = 512
+"""Fewest cycles from one trial of the other depths to the next."""
+
+PROBE_CYCLES = 16
+"""Cycles for which a trial drafts at full depth."""
+
+PROBE_SHARE = 16
+"""A trial while nothing is drafted takes one request in so many."""
+
+PROBE_COST = 0.01
+"""Share of the time that trials may cost; they come less often where that takes more than `PROBE_PERIOD`."""
+
+SAMPLES = 5
+"""Measurements of a time of which the median counts."""
+
+FIRST_SAMPLES = 2
+"""How often each depth is measured before one is chosen."""
+
+ACCEPTANCE_WINDOW = 256.0
+"""About so many of a depth's last drafts make its acceptance."""
+
+DOUBTED_WINDOW = 16.0
+"""So many when a trial begins: what was believed may be long out of date."""
+
+PRIOR_ACCEPTANCE = 0.7
+PRIOR_WEIGHT = 4.0
+"""What is believed before anything was verified, and how many drafts it takes to outweigh it."""
+
+SWITCH_GAIN = 1.02
+"""How much better another depth must be to be chosen: measured times are noisy."""
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """How deep to draft now, and for how many of the batch's requests."""
+
+    depth: int
+    num_requests: int
+
+
+def tokens_per_cycle(acceptance: Sequence[float]) -> float:
+    """Tokens that a cycle gives a request, `acceptance[k]` being that of depth `k` given the depths before it."""
+    total = reached = 1.0
+    for rate in acceptance:
+        reached *= rate
+        total += reached
+    return total
+
+
+class FixedDepth:
+    """The depth that a table of batch sizes gives.
+
+    Args:
+        schedule: Ranges of batch sizes as (first, last, depth), ascending; what lies between two belongs to the first.
+        max_depth: The most that can be drafted.
+    """
+
+    def __init__(self, schedule: Sequence[tuple[int, int, int]], max_depth: int) -> None:
+        self._schedule, self._max_depth = schedule, max_depth
+
+    def plan(self, batch: int, pure: bool) -> DraftPlan:
+        """What to draft now for a batch of `batch` requests."""
+        depths = [depth for first, _, depth in self._schedule if first <= batch]
+        return DraftPlan(min(depths[-1], self._max_depth), batch)
+
+    def record_acceptance(self, requests: Sequence[tuple[int, int]]) -> None:
+        """Learns nothing."""
+
+    def record_verification(self, batch: int, depth: int, seconds: float) -> None:
+        """Learns nothing."""
+
+    def record_drafting(self, batch: int, depth: int, seconds: float) -> None:
+        """Learns nothing."""
+
+
+class AdaptiveDepth:
+    """The depth that pays, from 0 to `max_depth`; batches are told apart by powers of two."""
+
+    def __init__(self, max_depth: int) -> None:
+        self._max_depth = max_depth
+        self._accepted = [PRIOR_ACCEPTANCE * PRIOR_WEIGHT] * max_depth
+        self._verified = [PRIOR_WEIGHT] * max_depth
+        self._verify_seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
+        self._draft_seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
+        self._chosen: dict[int, int] = {}
+        self._next_probe = PROBE_PERIOD
+        self._cycle = 0
+        self._running = 0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """The current estimate for each depth, given the depths before it."""
+        return [accepted / verified for accepted, verified in zip(self._accepted, self._verified, strict=True)]
+
+    def record_acceptance(self, requests: Sequence[tuple[int, int]]) -> None:
+        """Learns from one step's requests, each as (drafts verified, drafts accepted)."""
+        for index in range(self._max_depth):
+            reached = sum(verified > index <= accepted for verified, accepted in requests)
+            if reached:
+                self._forget(index, max(ACCEPTANCE_WINDOW - reached, 0.0))
+                self._accepted[index] += sum(accepted > index for _, accepted in requests)
+                self._verified[index] += reached
+
+    def record_verification(self, batch: int, depth: int, seconds: float) -> None:
+        """Learns the time of a verification of `depth` drafts of each of `batch` requests."""
+        self._verify_seconds[_bucket(batch), depth].append(seconds)
+
+    def record_drafting(self, batch: int, depth: int, seconds: float) -> None:
+        """Learns the time of drafting `depth` deep for `batch` requests."""
+        self._draft_seconds[_bucket(batch), depth].append(seconds)
+
+    def plan(self, batch: int, pure: bool) -> DraftPlan:
+        """What to draft now, called once a step.
+
+        Args:
+            batch: Requests in the step.
+            pure: Whether all of them are past their prompts; nothing is tried out in a step that reads prompts, since
+                its time says nothing.
+        """
+        if not pure:
+            known = self._best(_bucket(max(batch, self._running)))
+            return DraftPlan(self._max_depth if known is None else known, batch)
+        self._running = batch
+        self._cycle += 1
+        bucket = _bucket(batch)
+        best = self._best(bucket)
+        if best is None:
+            return DraftPlan(next(d for d in range(self._max_depth, -1, -1) if not self._measured(bucket, d)), batch)
+        if self._cycle >= self._next_probe + PROBE_CYCLES + self._max_depth:
+            self._next_probe = self._cycle + self._probe_period(bucket, best, batch)
+        phase = self._cycle - self._next_probe
+        if phase == 0:
+            for index in range(self._max_depth):
+                self._forget(index, DOUBTED_WINDOW)
+        if 0 <= phase < PROBE_CYCLES and best < self._max_depth:
+            return DraftPlan(self._max_depth, _probed(best, batch))
+        others = [depth for depth in range(self._max_depth + 1) if depth != best]
+        # Drafting again after a rest reads all that was left unread: not for a measurement.
+        if best and 0 <= phase - PROBE_CYCLES < len(others):
+            return DraftPlan(others[phase - PROBE_CYCLES], batch)
+        return DraftPlan(best, batch)
+
+    def _probe_period(self, bucket: int, best: int, batch: int) -> int:
+        """Cycles until the next trial, by what one costs in cycles of the depth in use."""
+        acceptance = self.acceptance
+
+        def tokens(depth: int) -> float:
+            return tokens_per_cycle(acceptance[:depth])
+
+        best_seconds = self._cycle_seconds(bucket, best)
+        lost = [
+            max(0.0, self._cycle_seconds(bucket, depth) / best_seconds - tokens(depth) / tokens(best))
+            for depth in range(self._max_depth + 1)
+        ]
+        # A draft reads all of its weights for however few requests.
+        share = max(_probed(best, batch) / batch, 0.25)
+        cost = PROBE_CYCLES * share * lost[-1] + (sum(lost) if best else 0.0)
+        return max(PROBE_PERIOD, int(cost / PROBE_COST))
+
+    def _forget(self, index: int, window: float) -> None:
+        """Lets the acceptance of depth `index` rest on at most `window` drafts."""
+        share = min(1.0, window / self._verified[index])
+        self._accepted[index] *= share
+        self._verified[index] *= share
+
+    def _best(self, bucket: int) -> int | None:
+        """The depth whose tokens come fastest; `None` before each was measured."""
+        depths = range(self._max_depth + 1)
+        if not all(self._measured(bucket, depth) for depth in depths):
+            return None
+        acceptance = self.acceptance
+        rates = [tokens_per_cycle(acceptance[:depth]) / self._cycle_seconds(bucket, depth) for depth in depths]
+        best = max(depths, key=rates.__getitem__)
+        current = self._chosen.get(bucket, best)
+        if rates[best] > rates[current] * SWITCH_GAIN:
+            current = best
+        self._chosen[bucket] = current
+        return current
+
+    def _measured(self, bucket: int, depth: int) -> bool:
+        counts = [len(self._verify_seconds[bucket, depth])]
+        if depth:
+            counts.append(len(self._draft_seconds[bucket, depth]))
+        return min(counts) >= FIRST_SAMPLES
+
+    def _cycle_seconds(self, bucket: int, depth: int) -> float:
+        seconds = statistics.median(self._verify_seconds[bucket, depth])
+        return seconds + statistics.median(self._draft_seconds[bucket, depth]) if depth else seconds
+
+
+def _probed(best: int, batch: int) -> int:
+    """For how many of `batch` requests a trial drafts where `best` is the depth in use."""
+    return batch if best else max(1, batch // PROBE_SHARE)
+
+
+def _bucket(batch: int) -> int:
+    return batch.bit_length()

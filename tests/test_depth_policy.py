@@ -1,0 +1,115 @@
+"""How deep to draft: the depth that pays is found and kept, and looking for it costs little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
+from step3p5.speculation.state import RequestState
+
+DEPTH = 3
+
+
+class Machine:
+    """Requests that draft under a policy, on a machine that takes the times it is given."""
+
+    def __init__(
+        self,
+        policy: AdaptiveDepth,
+        rng: np.random.Generator,
+        verify_seconds: Callable[[int, float], float],
+        draft_seconds: Callable[[int], float],
+    ) -> None:
+        self.policy, self.rng = policy, rng
+        self.verify_seconds, self.draft_seconds = verify_seconds, draft_seconds
+        self.planned = policy.plan(1, pure=False)
+
+    def run(self, batch: int, acceptance: float, cycles: int) -> float:
+        """Tokens a second over `cycles` cycles."""
+        tokens, seconds = 0, 0.0
+        for _ in range(cycles):
+            drafts = self.planned.depth * min(1.0, self.planned.num_requests / batch)
+            verify = self._noisy(self.verify_seconds(batch, drafts))
+            draws = self.rng.random((min(batch, self.planned.num_requests), self.planned.depth)) < acceptance
+            accepted = np.cumprod(draws, axis=1).sum(axis=1) if self.planned.depth else np.zeros(0, dtype=int)
+            tokens += batch + int(accepted.sum())
+            self.policy.record_acceptance([(self.planned.depth, int(count)) for count in accepted])
+            if self.planned.num_requests == batch:
+                self.policy.record_verification(batch, self.planned.depth, verify)
+            self.planned = self.policy.plan(batch, pure=True)
+            draft = self._noisy(self.planned.depth * self.draft_seconds(self.planned.num_requests))
+            if self.planned.num_requests == batch:
+                self.policy.record_drafting(batch, self.planned.depth, draft)
+            seconds += verify + draft
+        return tokens / seconds
+
+    def _noisy(self, seconds: float) -> float:
+        return float(seconds * self.rng.uniform(0.9, 1.1))
+
+
+@pytest.mark.parametrize(("batch", "acceptance"), [(1, 0.95), (1, 0.2), (16, 0.8), (128, 0.95), (128, 0.2)])
+@pytest.mark.parametrize("growth", [0.02, 0.25, 1.0])
+def test_the_depth_that_pays_is_used(rng: np.random.Generator, batch: int, acceptance: float, growth: float) -> None:
+    """`growth`: what one more token a request adds to a forward, as a share of it."""
+    verify = lambda _, depth: 1.0 + growth * depth  # noqa: E731
+    machine = Machine(AdaptiveDepth(DEPTH), rng, verify, lambda _: 0.1)
+    machine.run(batch, acceptance, 300)
+    reached = machine.run(batch, acceptance, 2048)
+    best = max(
+        batch * tokens_per_cycle([acceptance] * depth) / (verify(batch, depth) + 0.1 * depth)
+        for depth in range(DEPTH + 1)
+    )
+    assert reached > 0.95 * best
+
+
+def test_speculation_costs_at_most_three_percent_while_everything_changes(rng: np.random.Generator) -> None:
+    """From batch 1 to 128 and from acceptance 0.95 to 0.2, where verifying costs as much as decoding from 8 on."""
+    verify = lambda batch, depth: 1.0 + depth * min(batch, 8) / 8  # noqa: E731
+    machine = Machine(AdaptiveDepth(DEPTH), rng, verify, lambda _: 0.1)
+    for batch, acceptance in [(1, 0.95), (8, 0.7), (128, 0.95), (128, 0.2), (16, 0.2), (1, 0.2)]:
+        assert machine.run(batch, acceptance, 2048) > 0.97 * batch
+
+
+def test_acceptance_that_comes_back_is_noticed(rng: np.random.Generator) -> None:
+    verify = lambda _, depth: 1.0 + 0.02 * depth  # noqa: E731
+    machine = Machine(AdaptiveDepth(DEPTH), rng, verify, lambda _: 0.4)
+    machine.run(64, 0.05, 600)
+    assert machine.planned.depth == 0
+    machine.run(64, 0.95, 1200)
+    assert machine.planned.depth == DEPTH
+
+
+def test_a_schedule_is_followed() -> None:
+    fixed = FixedDepth([(1, 4, 3), (8, 16, 1)], max_depth=2)
+    assert [fixed.plan(batch, pure=True).depth for batch in (1, 4, 7, 8, 100)] == [2, 2, 2, 1, 1]
+
+
+def test_rows_of_unread_positions_are_kept_and_no_more() -> None:
+    state = RequestState(position=10, depth=3, limit=6)
+    state.advance(14, 3, rows(10, 14), drafts=[1, 2, 3])
+    assert state.first_unread(3) == 12
+    assert state.first_unread(1) == 14
+    state.advance(15, 0, rows(14, 15), drafts=[])
+    assert stored(state, 12) == [12, 13, 14]
+    assert stored(state, 14) == [14]
+    state.advance(17, 1, rows(15, 17), drafts=[1])
+    assert state.first_unread(1) == 17
+    assert stored(state, state.first_unread(3)) == [12, 13, 14, 15, 16]
+    for end in range(18, 25):
+        state.advance(end, 0, rows(end - 1, end), drafts=[])
+    assert stored(state, state.first_unread(3)) == [18, 19, 20, 21, 22, 23]
+    state.advance(40, 0, rows(34, 40), drafts=[])
+    assert stored(state, state.first_unread(3)) == [34, 35, 36, 37, 38, 39]
+    state.advance(41, 3, rows(40, 41), drafts=[1, 2, 3])
+    assert stored(state, state.first_unread(3)) == [39, 40]
+
+
+def rows(start: int, end: int) -> np.ndarray:
+    return np.arange(start, end, dtype=np.float32)[:, None]
+
+
+def stored(state: RequestState, position: int) -> list[int]:
+    return [int(value) for piece in state.rows_from(position) for value in piece[:, 0]]

@@ -1,0 +1,173 @@
+"""Speculation with the MTP layers: the drafts are the reference's, and not one token differs from plain decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SEED
+from harness import FIRST_TEXT_TOKEN, Prompt
+from max.pipelines.context import SamplingParams
+from max.pipelines.lib.auto_model import AutoModel
+from max.pipelines.modeling.types import TextGenerationInputs
+from reference import Reference
+from speculation_harness import GREEDY, Recorder, generate, load, request
+
+from step3p5.checkpoint_tensors import CheckpointDtype
+from step3p5.random_checkpoint.writer import write_random_checkpoint
+from step3p5.speculation.policy import DraftPlan, FixedDepth
+
+AGREEMENT = 0.7
+DEPTH = 3
+
+
+@pytest.fixture(scope="module")
+def predictable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `tiny` checkpoint whose drafts are right more often than not."""
+    folder = tmp_path_factory.mktemp("predictable") / "tiny"
+    write_random_checkpoint(folder, "tiny", None, CheckpointDtype.FLOAT32, SEED, predictable=AGREEMENT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(predictable: Path) -> Iterator[AutoModel]:
+    """`predictable` without speculation."""
+    with load(predictable, 0) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def drafting(predictable: Path) -> Iterator[AutoModel]:
+    """`predictable` with all its depths, and a prefix cache."""
+    with load(predictable, DEPTH, enable_prefix_caching=True) as model:
+        yield model
+
+
+SAMPLED = SamplingParams(temperature=2.0, top_k=100, top_p=0.95, seed=SEED, ignore_eos=True)
+
+
+def prompts_of(rng: np.random.Generator, *lengths: int) -> list[Prompt]:
+    return [rng.integers(FIRST_TEXT_TOKEN, 500, size=length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize(("lengths", "chunk"), [((1,), None), ((3, 250, 130), None), ((300, 5), 128)])
+def test_every_depth_drafts_as_the_reference_does(
+    drafting: AutoModel,
+    predictable: Path,
+    rng: np.random.Generator,
+    lengths: tuple[int, ...],
+    chunk: int | None,
+) -> None:
+    with Recorder(drafting) as recorder:
+        generate(drafting, [request(prompt, 12) for prompt in prompts_of(rng, *lengths)], chunk)
+    assert {len(logits) for _, logits in recorder.verified} >= {1, DEPTH + 1}
+    recorder.check(Reference.from_checkpoint(predictable))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_not_one_token_differs(
+    plain: AutoModel, drafting: AutoModel, rng: np.random.Generator, batch_size: int, sampling: SamplingParams
+) -> None:
+    prompts = prompts_of(rng, *rng.integers(1, 300, size=batch_size))
+    lengths = rng.integers(50, 80, size=batch_size).tolist()
+    requests = list(zip(prompts, lengths, strict=True))
+    want = generate(plain, [request(prompt, length, sampling) for prompt, length in requests])
+    got = generate(drafting, [request(prompt, length, sampling) for prompt, length in requests])
+    assert [len(tokens) for tokens in got] == lengths
+    assert got == want
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_chunks_of_a_prompt_beside_a_running_request_change_nothing(
+    plain: AutoModel, drafting: AutoModel, rng: np.random.Generator, chunk: int
+) -> None:
+    prompts = prompts_of(rng, 4, 210)
+    want = generate(plain, [request(prompt, 40) for prompt in prompts])
+    assert generate(drafting, [request(prompt, 40) for prompt in prompts], chunk) == want
+
+
+def test_a_cached_prefix_changes_nothing(plain: AutoModel, drafting: AutoModel, rng: np.random.Generator) -> None:
+    (prefix,) = prompts_of(rng, 300)
+    for tail in prompts_of(rng, 1, 40, 200):
+        prompt = prefix + tail
+        want = generate(plain, [request(prompt, 40)])
+        assert generate(drafting, [request(prompt, 40)]) == want
+    hits = drafting.pipeline.kv_manager.get_prefix_cache_hit_counts(request(prefix, 1))
+    assert sum(hit.total_blocks for hit in hits) > 0, "nothing of the prefix is in the cache"
+
+
+def test_an_end_token_among_accepted_drafts_ends_the_request(
+    plain: AutoModel, drafting: AutoModel, rng: np.random.Generator
+) -> None:
+    (prompt,) = prompts_of(rng, 20)
+    (tokens,) = generate(plain, [request(prompt, 40)])
+    for end in tokens[10:20]:
+        sampling = dataclasses.replace(GREEDY, ignore_eos=False)
+        (got,) = generate(drafting, [request(prompt, 40, sampling, eos=[end])])
+        assert got == tokens[: tokens.index(end) + 1]
+
+
+@pytest.mark.parametrize("lengths", [(40,), (3, 250, 130)])
+def test_drafting_goes_on_after_a_rest_as_if_there_had_been_none(
+    plain: AutoModel,
+    drafting: AutoModel,
+    predictable: Path,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: tuple[int, ...],
+) -> None:
+    monkeypatch.setattr(drafting.pipeline, "policy", FickleDepth(rng))
+    prompts = prompts_of(rng, *lengths)
+    want = generate(plain, [request(prompt, 24) for prompt in prompts])
+    with Recorder(drafting) as recorder:
+        assert generate(drafting, [request(prompt, 24) for prompt in prompts]) == want
+    recorder.check(Reference.from_checkpoint(predictable))
+
+
+class FickleDepth(FixedDepth):
+    """Drafts at any depth for any number of requests, another one every step."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        super().__init__([], DEPTH)
+        self._rng = rng
+
+    def plan(self, batch: int, pure: bool) -> DraftPlan:
+        return DraftPlan(int(self._rng.integers(0, DEPTH + 1)), int(self._rng.integers(1, batch + 1)))
+
+
+def test_most_drafts_are_accepted_at_every_depth(drafting: AutoModel) -> None:
+    statistics = drafting.pipeline.statistics
+    assert statistics.verified[0] > 500, "run after the tests before"
+    assert all(abs(rate - AGREEMENT) < 0.15 for rate in statistics.acceptance), statistics.acceptance
+
+
+def test_a_preempted_request_goes_on_as_if_it_had_not_been(
+    plain: AutoModel, drafting: AutoModel, rng: np.random.Generator
+) -> None:
+    (prompt,) = prompts_of(rng, 150)
+    (want,) = generate(plain, [request(prompt, 40)])
+    context = request(prompt, 40)
+    manager = drafting.pipeline.kv_manager
+    manager.claim(context)
+    got: Prompt = []
+    for step in range(40):
+        if step == 4:
+            manager.release(context)
+            context.reset()
+            manager.claim(context)
+        manager.alloc(context).synchronize()
+        inputs = TextGenerationInputs(batches=[[context]])
+        got += drafting.pipeline.execute(inputs)[context.request_id].tokens
+        if context.is_done:
+            break
+    manager.release(context)
+    drafting.pipeline.release(context.request_id)
+    assert got == want
+
+
+def test_nothing_of_a_request_is_kept_once_it_is_released(drafting: AutoModel) -> None:
+    assert drafting.pipeline._states == {}
