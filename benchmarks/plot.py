@@ -102,12 +102,46 @@ def draw_experts(result: Result, figure: Figure) -> None:
     axis.legend(fontsize="x-small")
 
 
+def draw_dense(result: Result, figure: Figure) -> None:
+    """The dense layers by number of tokens: busy time over the floor set by bytes, of the faster variant."""
+    axis = figure.subplots()
+    best: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in result["rows"]:
+        times = best[f"{row['op']} {row['in_features']} to {row['out_features']}"]
+        times[row["tokens"]] = min(row["times_floor"], times.get(row["tokens"], row["times_floor"]))
+    for name, times in best.items():
+        axis.plot(*zip(*sorted(times.items()), strict=True), marker="o", label=name)
+    _label(axis, "tokens", "times the floor")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize="x-small")
+
+
+def draw_accuracy(result: Result, figure: Figure) -> None:
+    """Largest and mean difference of the logits from float64 by prompt length, beside PyTorch's."""
+    axis = figure.subplots()
+    rows = sorted(result["results"], key=lambda row: int(row["length"]))
+    lengths = [row["length"] for row in rows]
+    for field, label, mark in (
+        ("maximum", "largest", "-"),
+        ("mean", "mean", "--"),
+        ("torch_maximum", "largest, PyTorch", "-"),
+        ("torch_mean", "mean, PyTorch", "--"),
+    ):
+        colour = "C1" if field.startswith("torch") else "C0"
+        axis.plot(lengths, [row[field] for row in rows], mark, marker="o", color=colour, label=label)
+    _label(axis, "prompt tokens", "difference")
+    axis.set_yscale("log")
+    axis.legend(fontsize="x-small")
+
+
 KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
-    "results": draw_forward,
-    "levels": draw_serving,
-    "experts": draw_experts,
+    "forward": draw_forward,
+    "serving": draw_serving,
+    "moe": draw_experts,
+    "dense": draw_dense,
+    "accuracy": draw_accuracy,
 }
-"""What draws a result, by the field that tells its kind."""
+"""What draws a result, by its `benchmark`; one without the field is `moe.py`'s."""
 
 
 def draw(source: Path, target: Path) -> None:
@@ -123,9 +157,10 @@ def draw(source: Path, target: Path) -> None:
         result = json.loads(source.read_text())
     except ValueError as error:
         raise NotDrawableError(f"{source}: found no JSON ({error}), expected a benchmark's result") from error
-    kind = next((name for name in KINDS if isinstance(result, dict) and name in result), None)
-    if kind is None:
-        raise NotDrawableError(f"{source}: found none of the fields {', '.join(KINDS)}, expected a benchmark's result")
+    known = result if isinstance(result, dict) else {}
+    kind = str(known.get("benchmark", "moe" if "experts" in known else None))
+    if kind not in KINDS:
+        raise NotDrawableError(f"{source}: found benchmark {kind}, expected one of {', '.join(KINDS)}")
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     KINDS[kind](result, figure)
     figure.suptitle(f"{source.stem}: {_machine(result)}", fontsize="medium")

@@ -211,4 +211,4 @@ def test_drawing_goes_on_after_a_file_that_is_no_result(tmp_path: Path, capsys: 
     assert output.out.splitlines() == [str(good.with_suffix(".png"))]
     broken, other = output.err.splitlines()
     assert broken.startswith(f"plot.py: error: {tmp_path}/broken.json: found no JSON")
-    assert other.startswith(f"plot.py: error: {tmp_path}/other.json: found none of the fields results, levels, experts")
+    assert other.startswith(f"plot.py: error: {tmp_path}/other.json: found benchmark None, expected one of forward")
