@@ -36,6 +36,7 @@ def artifact_settings(pipeline_config: PipelineConfig, config: Step3p5Config) ->
         "--data-parallel-degree": config.data_parallel_degree,
         "--kv-cache-page-size": pipeline_config.model.kv_cache.kv_cache_page_size,
         "--use-subgraphs": config.use_subgraphs,
+        "--speculative-method (MTP layers that draft)": len(config.drafting_layers),
         "the returned logits": str(config.return_logits),
         "config.json (digest of what was parsed)": _digest(repr(config.model).encode()),
         "the Mojo kernels (digest)": _digest(*(path.read_bytes() for path in sorted(kernels_path().glob("*.mojo")))),
