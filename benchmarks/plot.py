@@ -134,12 +134,30 @@ def draw_accuracy(result: Result, figure: Figure) -> None:
     axis.legend(fontsize="x-small")
 
 
+def draw_cpu_peer(result: Result, figure: Figure) -> None:
+    """Tokens a second of each pass here and in llama.cpp, by the weights' type; the median ratio above each pair."""
+    axes = figure.subplots(1, len(result["encodings"]), squeeze=False)[0]
+    for axis, encoding in zip(axes, result["encodings"], strict=True):
+        rows = encoding["comparisons"]
+        for offset, side, label in ((-0.2, "here", "here"), (0.2, "llama_cpp", "llama.cpp")):
+            rates = [row["tokens"] / row[side]["median"] for row in rows]
+            axis.bar([place + offset for place in range(len(rows))], rates, 0.4, label=label)
+        for place, row in enumerate(rows):
+            best = max(row["tokens"] / row[side]["median"] for side in ("here", "llama_cpp"))
+            axis.annotate(f"{row['ratio']['median']:.2f} x", (place, best), ha="center", va="bottom")
+        axis.set_xticks(range(len(rows)), [row["name"].split(", context")[0] for row in rows], rotation=15)
+        axis.set_ylabel("tokens/s")
+        axis.set_title(encoding["encoding"], fontsize="medium")
+        axis.legend(fontsize="x-small")
+
+
 KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
     "forward": draw_forward,
     "serving": draw_serving,
     "moe": draw_experts,
     "dense": draw_dense,
     "accuracy": draw_accuracy,
+    "cpu_peer": draw_cpu_peer,
 }
 """What draws a result, by its `benchmark`; one without the field is `moe.py`'s."""
 
