@@ -2,7 +2,7 @@
 
 MAX's API server mounts the routers of its table `ROUTES` in order, and the first that knows a path answers it. This
 module's router is added at the front. It checks a request, hands it to MAX's handler, once for each of `n` choices, and
-takes stop strings out of the answer, where MAX leaves them.
+ends the answer before a stop string, where MAX leaves it and may go on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fastapi import APIRouter, HTTPException, Request
 from max.serve.api_server import ROUTES
 from max.serve.config import APIType
 from max.serve.router.openai_routes import openai_create_chat_completion, openai_create_completion
-from max.serve.schemas.openai import CreateCompletionResponse
+from max.serve.schemas.openai import CreateChatCompletionResponse, CreateCompletionResponse
 from sse_starlette.sse import EventSourceResponse
 from typing_extensions import override
 
 from .request_checks import MAX_SEED, Endpoint, RequestError, check_request
 from .several_choices import gather_answers, streamed
-from .stop_strings import before_stop, without_stops
+from .stop_strings import before_stop, ended_at_stop, without_stops
 from .tokenizer import Step3p5Tokenizer
 
 HANDLERS: Mapping[Endpoint, Callable[[Request], Awaitable[Any]]] = {
@@ -30,6 +30,10 @@ HANDLERS: Mapping[Endpoint, Callable[[Request], Awaitable[Any]]] = {
     Endpoint.CHAT: openai_create_chat_completion,
 }
 """MAX's own."""
+
+DEFAULTS: Mapping[Endpoint, Mapping[str, Any]] = {Endpoint.COMPLETION: {"reasoning_split": False}, Endpoint.CHAT: {}}
+"""Fields that a request has unless it says otherwise. MAX takes thoughts out of completions, whose answers have no
+field for them: a completion is all that the model says."""
 
 router = APIRouter()
 
@@ -72,6 +76,7 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
     handler = HANDLERS[endpoint]
     if not isinstance(pipeline.tokenizer, Step3p5Tokenizer):
         return await handler(request)
+    vars(pipeline).setdefault("next_token_chunk", ended_at_stop(pipeline.next_token_chunk))
     loras = pipeline.lora_queue.list_loras() if pipeline.lora_queue else []
     try:
         fields = check_request(await request.body(), endpoint, [pipeline.model_name, *loras])
@@ -79,10 +84,10 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
         raise HTTPException(error.status, str(error)) from error
     stop = fields.get("stop")
     stops = [text for text in (stop if isinstance(stop, list) else [stop]) if text and isinstance(text, str)]
-    count, seed, requests = fields.get("n") or 1, fields.get("seed"), [request]
-    if count > 1 or seed == 0:
-        own = [{"n": 1, "seed": _seed(seed, number)} for number in range(count)]
-        requests = [RewrittenRequest(request, fields | one, number) for number, one in enumerate(own)]
+    fields = {**DEFAULTS[endpoint], **fields}
+    count, seed = fields.get("n") or 1, fields.get("seed")
+    own = [{"n": 1, "seed": _seed(seed, number)} for number in range(count)]
+    requests = [RewrittenRequest(request, fields | one, number) for number, one in enumerate(own)]
     asking = [_ask(handler, one, stops) for one in requests]
     return await (gather_answers(asking) if count > 1 else asking[0])
 
@@ -92,6 +97,9 @@ async def _ask(handler: Callable[[Request], Awaitable[Any]], request: Request, s
     if stops and isinstance(answer, CreateCompletionResponse):
         for choice in answer.choices:
             choice.text = before_stop(choice.text, stops)
+    elif stops and isinstance(answer, CreateChatCompletionResponse):
+        for message in (choice.message for choice in answer.choices):
+            message.content = message.content and before_stop(message.content, stops)
     elif stops and isinstance(answer, EventSourceResponse):
         assert isinstance(answer.body_iterator, AsyncGenerator)
         return streamed(answer, without_stops(answer.body_iterator, stops))

@@ -1,11 +1,19 @@
-"""Takes stop strings out of answers. MAX ends an answer at one, but leaves it in completions and in streams."""
+"""Ends answers before their stop strings.
+
+MAX leaves the stop string in completions and in streams, and goes on with what the model says until its request to stop
+arrives there: a second finish reason, or none at the end and status 500.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeAlias
+
+from max.serve.pipelines.llm import TokenGeneratorOutput
+
+Chunks: TypeAlias = AsyncGenerator[TokenGeneratorOutput, None]
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
@@ -41,6 +49,23 @@ class StopFilter:
         held = min(held, len(text))
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def ended_at_stop(ask: Callable[..., Awaitable[Chunks]]) -> Callable[..., Awaitable[Chunks]]:
+    """`TokenGeneratorPipeline.next_token_chunk` whose chunks end with the one in which MAX finds a stop string."""
+
+    async def next_token_chunk(*args: Any, **options: Any) -> Chunks:
+        return _up_to_stop(await ask(*args, **options))
+
+    return next_token_chunk
+
+
+async def _up_to_stop(chunks: Chunks) -> Chunks:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield chunk
+            if chunk.stop_sequence is not None:
+                return
 
 
 async def without_stops(events: AsyncGenerator[Any], stops: Sequence[str]) -> AsyncGenerator[Any]:

@@ -64,6 +64,19 @@ def test_a_completion_is_what_the_reference_chooses_with_its_log_probabilities(
         assert all(np.abs(best - value).min() < 1e-3 for value in got.values())
 
 
+def test_a_completion_holds_all_that_the_model_says_thoughts_included(client: OpenAI, server: Server) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(server.model)
+    thinking = tokenizer.encode("<think>", add_special_tokens=False)
+    for prompt in (thinking, "<think>"):
+        answer = ask(client, server.model, prompt=prompt, logprobs=1)
+        choice = answer.choices[0]
+        whole = tokenizer.decode(choice.token_ids, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+        assert choice.text.rstrip("\N{REPLACEMENT CHARACTER}") == whole != ""  # its last character may lack bytes
+        assert len(choice.logprobs.token_logprobs) == answer.usage.completion_tokens == 12
+        chunks = list(ask(client, server.model, prompt=prompt, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+
+
 def test_a_chat_has_the_log_probabilities_of_what_it_says(client: OpenAI, server: Server) -> None:
     choice = ask_chat(client, server.model, max_tokens=5, logprobs=True, top_logprobs=3).choices[0]
     assert len(choice.logprobs.content) == 5
@@ -125,7 +138,7 @@ def test_an_answer_ends_with_its_last_token_at_max_tokens_or_at_the_end_of_the_c
 
 def test_n_choices_are_n_answers_with_seeds_from_the_one_given(client: OpenAI, server: Server) -> None:
     for create in (ask, ask_chat):
-        options: dict[str, Any] = {"temperature": 1, "max_tokens": 10, "stop": "q"}
+        options: dict[str, Any] = {"temperature": 1, "max_tokens": 10}
         alone = [create(client, server.model, seed=seed, **options) for seed in (6, 7, 8)]
         together = create(client, server.model, seed=6, n=3, **options)
         texts = [text_of(answer) for answer in alone]
@@ -144,6 +157,22 @@ def test_n_choices_are_n_answers_with_seeds_from_the_one_given(client: OpenAI, s
         assert len({chunk.id for chunk in chunks}) == 1
         streamed, reasons = ["", "", ""], [list[str]() for _ in texts]
         for choice in (chunk.choices[0] for chunk in chunks[:-1]):
+            streamed[choice.index] += choice.text if create is ask else choice.delta.content or ""
+            reasons[choice.index].append(choice.finish_reason)
+        assert streamed == texts
+        assert all(reason[-1] and not any(reason[:-1]) for reason in reasons)
+
+
+def test_each_of_n_choices_ends_before_the_stop_string(client: OpenAI, server: Server) -> None:
+    for create in (ask, ask_chat):
+        options: dict[str, Any] = {"temperature": 1, "max_tokens": 20, "stop": ["e", "t"]}
+        texts = [text_of(create(client, server.model, seed=seed, **options)) for seed in (6, 7, 8)]
+        assert not any(letter in text for text in texts for letter in "et")
+        together = create(client, server.model, seed=6, n=3, **options)
+        assert [text_of(together, number) for number in range(3)] == texts
+        streamed, reasons = ["", "", ""], [list[str]() for _ in texts]
+        for chunk in create(client, server.model, seed=6, n=3, stream=True, **options):
+            choice = chunk.choices[0]
             streamed[choice.index] += choice.text if create is ask else choice.delta.content or ""
             reasons[choice.index].append(choice.finish_reason)
         assert streamed == texts
@@ -201,7 +230,6 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(client: OpenAI, server: Se
         for stops in (stop, ["nowhere to be found", stop]):
             whole = create(client, server.model, max_tokens=24, stop=stops)
             assert (text_of(whole), whole.choices[0].finish_reason) == (want, "stop")
-            assert whole.usage.completion_tokens < 24
             chunks = [c.choices[0] for c in create(client, server.model, max_tokens=24, stop=stops, stream=True)]
             streamed = [c.text if create is ask else c.delta.content or "" for c in chunks]
             assert ("".join(streamed), chunks[-1].finish_reason) == (want, "stop")

@@ -9,8 +9,10 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from max.pipelines.context import GenerationStatus
+from max.serve.pipelines.llm import TokenGeneratorOutput
 
-from step3p5.stop_strings import StopFilter, before_stop, without_stops
+from step3p5.stop_strings import StopFilter, before_stop, ended_at_stop, without_stops
 
 pieces = st.lists(st.text("ab<", max_size=3), max_size=12)
 stops = st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1, max_size=3)
@@ -88,3 +90,26 @@ def test_a_streamed_chat_keeps_reasoning_and_gets_what_was_held_back_at_its_end(
 
 def test_an_error_within_a_stream_passes() -> None:
     assert filtered([{"error": {"message": "x"}}], ["stop"]) == [{"error": {"message": "x"}}]
+
+
+def test_what_a_model_says_until_it_hears_of_the_stop_is_dropped() -> None:
+    closed = False
+
+    async def ask(request: str, *, parse_reasoning: bool) -> AsyncGenerator[TokenGeneratorOutput]:
+        async def chunks() -> AsyncGenerator[TokenGeneratorOutput]:
+            nonlocal closed
+            try:
+                for text, stop in (("a", None), ("stop", "stop"), ("late", None)):
+                    yield TokenGeneratorOutput(GenerationStatus.ACTIVE, decoded_tokens=text, stop_sequence=stop)
+            finally:
+                closed = True
+
+        assert (request, parse_reasoning) == ("request", True)
+        return chunks()
+
+    async def run() -> list[str | None]:
+        chunks = await ended_at_stop(ask)("request", parse_reasoning=True)
+        return [chunk.decoded_tokens async for chunk in chunks]
+
+    assert asyncio.run(run()) == ["a", "stop"]
+    assert closed
