@@ -17,6 +17,7 @@ from harness import Runner, write_checkpoint
 from reference import Reference
 from server import Server
 
+STEADY_SEED = 3
 SEED = int(os.environ.get("STEP3P5_TEST_SEED", secrets.randbelow(1 << 31)))
 
 
@@ -51,15 +52,28 @@ def tiny_reference(tiny: Path) -> Reference:
 
 
 @pytest.fixture(scope="session")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `tiny` that is the same in every session: for what servers do with a model's words, where a fresh one may have
+    nothing to say but special tokens."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "steady", seed=STEADY_SEED)
+
+
+@pytest.fixture(scope="session")
+def steady_reference(steady: Path) -> Reference:
+    """`steady` in float64."""
+    return Reference.from_checkpoint(steady)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny: Path) -> Runner:
     """`tiny` in MAX on the CPU, up to three requests at a time."""
     return Runner(tiny)
 
 
 @pytest.fixture(scope="session")
-def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server on `tiny` that all tests share: none may end it."""
-    with Server(tiny, tmp_path_factory.mktemp("server")) as running:
+def server(steady: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on `steady` that all tests share: none may end it."""
+    with Server(steady, tmp_path_factory.mktemp("server")) as running:
         yield running
     assert not running.processes(), "the server left processes behind"
 

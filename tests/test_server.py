@@ -52,9 +52,9 @@ def text_of(answer: Any, number: int = 0) -> str:
 
 
 def test_a_completion_is_what_the_reference_chooses_with_its_log_probabilities(
-    client: OpenAI, server: Server, tiny_reference: Reference, rng: np.random.Generator
+    client: OpenAI, server: Server, steady_reference: Reference, rng: np.random.Generator
 ) -> None:
-    prompt, tokens, log_probabilities = clear_continuation(tiny_reference, rng, length=20, steps=6)
+    prompt, tokens, log_probabilities = clear_continuation(steady_reference, rng, length=20, steps=6)
     choice = ask(client, server.model, prompt=prompt, max_tokens=6, logprobs=5).choices[0]
     assert choice.token_ids == tokens
     assert choice.logprobs.token_logprobs == pytest.approx(log_probabilities.max(axis=1).tolist(), abs=1e-3)

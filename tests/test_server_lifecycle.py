@@ -13,9 +13,9 @@ from server import LOCALHOST, SHUT_DOWN, Server, listening_addresses
 
 
 @pytest.fixture(scope="module")
-def own_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def own_server(steady: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that the tests of this module may end, started without `--host`."""
-    with Server(tiny, tmp_path_factory.mktemp("own_server"), options=()) as running:
+    with Server(steady, tmp_path_factory.mktemp("own_server"), options=()) as running:
         yield running
 
 

@@ -50,7 +50,7 @@ def mixed_requests(model: str, rng: np.random.Generator) -> list[dict[str, Any]]
 
 
 def test_each_of_many_concurrent_clients_gets_the_answer_that_it_gets_alone(
-    server: Server, tiny_reference: Reference, rng: np.random.Generator
+    server: Server, steady_reference: Reference, rng: np.random.Generator
 ) -> None:
     requests = mixed_requests(server.model, rng)
     ways: list[Callable[..., Any]] = [stream if index % 2 else complete for index in range(len(requests))]
@@ -64,15 +64,15 @@ def test_each_of_many_concurrent_clients_gets_the_answer_that_it_gets_alone(
 
     for options, (text, tokens), (want, want_tokens) in zip(requests, *asyncio.run(run()), strict=True):
         assert len(want_tokens) >= 1
-        assert_equal_but_for_ties(tiny_reference, options["prompt"], tokens, want_tokens)
+        assert_equal_but_for_ties(steady_reference, options["prompt"], tokens, want_tokens)
         assert text == want or tokens != want_tokens
 
 
 def test_cached_prefixes_and_prompts_read_in_pieces_change_no_token(
-    server: Server, tiny_reference: Reference, rng: np.random.Generator
+    server: Server, steady_reference: Reference, rng: np.random.Generator
 ) -> None:
-    first, first_tokens, _ = clear_continuation(tiny_reference, rng, length=2 * CHUNK + 60, steps=3)
-    second, second_tokens, _ = clear_continuation(tiny_reference, rng, length=40, steps=3)
+    first, first_tokens, _ = clear_continuation(steady_reference, rng, length=2 * CHUNK + 60, steps=3)
+    second, second_tokens, _ = clear_continuation(steady_reference, rng, length=40, steps=3)
     longer = first[: 2 * CHUNK] + second
     client = server.client()
 
@@ -95,8 +95,8 @@ def test_cached_prefixes_and_prompts_read_in_pieces_change_no_token(
     ]
     want: Prompt = []
     for _ in range(3):
-        want.append(int(tiny_reference.logits([*longer, *want])[-1].argmax()))
-    assert_equal_but_for_ties(tiny_reference, longer, forked.choices[0].token_ids, want)
+        want.append(int(steady_reference.logits([*longer, *want])[-1].argmax()))
+    assert_equal_but_for_ties(steady_reference, longer, forked.choices[0].token_ids, want)
     assert ask(second).choices[0].token_ids == second_tokens
 
 

@@ -57,15 +57,15 @@ SEEDS = range(1, 60)
 
 
 @pytest.fixture(scope="module")
-def talker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny`, made to end its thoughts soon: in most states it is either certain of `</think>` or of anything else."""
+def talker(steady: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`steady`, with the logit of `</think>` twice as wide: most thoughts end, at places that vary."""
     folder = tmp_path_factory.mktemp("talker") / "talker"
-    shutil.copytree(tiny, folder)
+    shutil.copytree(steady, folder)
     file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
     tensors = load_file(file)
     added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     (think_end_id,) = (token["id"] for token in added if token["content"] == "</think>")
-    tensors["lm_head.weight"][think_end_id] *= 4
+    tensors["lm_head.weight"][think_end_id] *= 2
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
