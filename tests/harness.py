@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from max.pipelines.lib.auto_model import AutoModel
 from max.pipelines.lib.generate import GenerateIterator
 from max.pipelines.modeling.types import RequestID
 from reference import Reference
+from safetensors.numpy import load_file, save_file
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
@@ -33,6 +35,15 @@ def write_checkpoint(folder: Path, seed: int, preset: str = "tiny") -> Path:
     """Writes a random float32 checkpoint and returns its folder."""
     write_random_checkpoint(folder, preset, None, CheckpointDtype.FLOAT32, seed)
     return folder
+
+
+def edit_head(checkpoint: Path, edit: Callable[[npt.NDArray[np.float32]], None]) -> None:
+    """Applies `edit` to the head `[vocab_size, hidden_size]` of a checkpoint in float32."""
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    file = checkpoint / index["weight_map"]["lm_head.weight"]
+    tensors = load_file(file)
+    edit(tensors["lm_head.weight"])
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def clear_prompt(reference: Reference, rng: np.random.Generator, length: int) -> Prompt:

@@ -70,7 +70,7 @@ def test_a_completion_holds_all_that_the_model_says_thoughts_included(client: Op
     for prompt in (thinking, "<think>"):
         answer = ask(client, server.model, prompt=prompt, logprobs=1)
         choice = answer.choices[0]
-        whole = tokenizer.decode(choice.token_ids, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+        whole = str(tokenizer.decode(choice.token_ids, skip_special_tokens=True)).rstrip("\N{REPLACEMENT CHARACTER}")
         assert choice.text.rstrip("\N{REPLACEMENT CHARACTER}") == whole != ""  # its last character may lack bytes
         assert len(choice.logprobs.token_logprobs) == answer.usage.completion_tokens == 12
         chunks = list(ask(client, server.model, prompt=prompt, stream=True))

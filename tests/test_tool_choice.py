@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-from safetensors.numpy import load_file, save_file
+from harness import edit_head
 
 ROOT = Path(__file__).resolve().parent.parent
 START_UP = 600
@@ -61,12 +63,13 @@ def talker(steady: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`steady`, with the logit of `</think>` twice as wide: most thoughts end, at places that vary."""
     folder = tmp_path_factory.mktemp("talker") / "talker"
     shutil.copytree(steady, folder)
-    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
-    tensors = load_file(file)
     added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     (think_end_id,) = (token["id"] for token in added if token["content"] == "</think>")
-    tensors["lm_head.weight"][think_end_id] *= 2
-    save_file(tensors, file, metadata={"format": "pt"})
+
+    def widen(head: npt.NDArray[np.float32]) -> None:
+        head[think_end_id] *= 2
+
+    edit_head(folder, widen)
     return folder
 
 
