@@ -109,6 +109,8 @@ class Step3p5(Module):
             inputs_for_layer=inputs_for_layer,
             initial_hidden_states=[self.embed(tokens)],
             subgraph_layer_groups=layers_of_equal_shape(layers) if self.config.use_subgraphs else None,
+            # Several graphs may lie in one module, and are then compiled together.
+            name_for_subgraph=lambda index: f"{Graph.current.name}_layers_{index}",
             weight_prefix_for_layer=lambda index: f"layers.{index}.",
         )
         return h
