@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 from harness import FIRST_TEXT_TOKEN, NEAR_TIE, assert_close
-from parallel_runner import ParallelRunner
+from parallel_runner import Array, ParallelRunner
 from reference import Reference
 from test_parallel_plan import MODES, SMALL, plan_of, random_tensors
 
@@ -34,7 +34,8 @@ SMALLEST = SMALL | {
 
 pytestmark = pytest.mark.skipif("STEP3P5_LONG_TESTS" not in os.environ, reason="minutes each: make test-long")
 
-LENGTHS = [[3, 200, 1], [40, 9]]
+LENGTHS = [[[3, 200, 1], [40, 9]], [[3, 200, 1], [44, 160]]]
+"""Batches of two replicas: with unequal and with equal numbers of tokens, which take different ways back."""
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -44,13 +45,20 @@ def test_logits_of_two_devices(mode: str, rng: np.random.Generator) -> None:
     reference = Reference(SMALLEST, tensors)
     plan = plan_of(model, mode, 2)
     run = ParallelRunner(plan, tensors)
-    for _ in range(20):
-        replicas = [[rng.integers(FIRST_TEXT_TOKEN, 128, size=length) for length in of] for of in LENGTHS]
+    for lengths in LENGTHS:
+        replicas, want = clear_batch(reference, lengths, rng)
         requests = [request for replica in replicas for request in replica]
+        assert_close(run(replicas if plan.own_requests else [requests]), want)
+
+
+def clear_batch(
+    reference: Reference, lengths: list[list[int]], rng: np.random.Generator
+) -> tuple[list[list[Array]], Array]:
+    """Random prompts of these lengths on which no router choice is a near tie, and their last tokens' logits."""
+    for _ in range(20):
+        replicas = [[rng.integers(FIRST_TEXT_TOKEN, 128, size=length) for length in of] for of in lengths]
         reference.router_margin = np.inf
-        want = np.stack([reference.logits(request.tolist())[-1] for request in requests])
+        want = [reference.logits(request.tolist())[-1] for replica in replicas for request in replica]
         if reference.router_margin > NEAR_TIE:
-            break
-    else:
-        raise AssertionError("a near tie of the router in each of 20 draws")
-    assert_close(run(replicas if plan.own_requests else [requests]), want)
+            return replicas, np.stack(want)
+    raise AssertionError("a near tie of the router in each of 20 draws")
