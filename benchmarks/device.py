@@ -1,11 +1,18 @@
-"""What the passes of a GPU need besides: MAX's settings for it, and the rate at which its memory copies."""
+"""What the passes of a GPU need besides: MAX's settings, the memory that is in use, the rate at which it copies."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from max.driver import Accelerator
+
+from step3p5.layer_config import ModelConfig
+from step3p5.parallel_plan import parallel_plan
+from step3p5.plan import memory
+from step3p5.plan.weight_formats import FORMATS
 
 COPY_BYTES = 1 << 30
 """Far more than the second-level cache."""
@@ -34,6 +41,53 @@ def settle(devices: str) -> None:
     """Waits for what earlier passes began and nobody waited for."""
     if devices != "cpu":
         Accelerator().synchronize()
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes in use on the GPU, whoever has them, beside what the plan counts.
+
+    `caches` is the part that MAX has taken for the KV caches, as much as is left over; `planned` is what
+    `step3p5.plan` counts for everything else.
+    """
+
+    before_loading: int
+    after_loading: int
+    after_rounds: int
+    caches: int
+    planned: float
+
+    @property
+    def without_caches(self) -> int:
+        """What this process has on the GPU besides the caches."""
+        return self.after_rounds - self.before_loading - self.caches
+
+    def line(self) -> str:
+        """The same for people."""
+        return (
+            f"on the GPU {self.without_caches / 1e9:.2f} GB after the rounds, {self.planned / 1e9:.2f} planned; and "
+            f"{self.caches / 1e9:.2f} GB of caches"
+        )
+
+
+def bytes_in_use(devices: str) -> int:
+    """Bytes of the first GPU that are not free; 0 on a CPU."""
+    if devices == "cpu":
+        return 0
+    stats = Accelerator().stats
+    return int(stats["total_memory"]) - int(stats["free_memory"])
+
+
+def cache_bytes(pipeline: Any) -> int:
+    """Bytes of the KV caches that a loaded pipeline has taken."""
+    buffers = pipeline.kv_manager.get_device_buffer(0).all_buffers
+    return sum(buffer.num_elements * buffer.dtype.size_in_bytes for buffer in buffers)
+
+
+def planned_bytes(model: ModelConfig, weights: str, requests: int, context: int) -> float:
+    """What the plan counts on one GPU without the caches; `weights` is their type."""
+    formats = {"bfloat16": "bf16", "float32": "float32"}
+    return memory.device_memory(parallel_plan(model, 1), FORMATS[formats[weights]], requests, context).fixed
 
 
 def device_copy_rate(rounds: int = 20) -> float | None:

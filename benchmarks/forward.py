@@ -27,7 +27,16 @@ import numpy as np
 from arguments import OneLineParser, devices, positive_int, positive_ints
 from bandwidth import Bandwidth, measure_bandwidth, usable_cores
 from contention import CpuTimes, cores_taken
-from device import as_passes, device_copy_rate, max_settings, settle
+from device import (
+    DeviceMemory,
+    as_passes,
+    bytes_in_use,
+    cache_bytes,
+    device_copy_rate,
+    max_settings,
+    planned_bytes,
+    settle,
+)
 from forward_cases import Case, Precision, Result, evaluate, make_cases
 from max.pipelines.kv_cache import cache_dtype_for_encoding
 from max.pipelines.lib.auto_model import AutoModel
@@ -48,7 +57,7 @@ class Report:
     """All that a run found; what `--json` writes.
 
     `cores_taken` are those that other processes kept busy during the rounds, `None` where the system does not say;
-    `bandwidth` is `None` on a GPU.
+    `bandwidth` is `None` on a GPU, `device_memory` on a CPU.
     """
 
     benchmark: str
@@ -63,6 +72,7 @@ class Report:
     load_seconds: float
     peak_memory_bytes_after_loading: int
     peak_memory_bytes: int
+    device_memory: DeviceMemory | None
     bandwidth: Bandwidth | None
     device_copy_rate: float | None
     results: list[Result]
@@ -76,6 +86,7 @@ class Report:
             f"{self.precision.weights} weights, {self.precision.cache} cache",
             f"loaded on {self.devices} in {self.load_seconds:.1f} s, compiling included unless cached",
             f"peak resident memory {loading:.0f} MiB after loading, {rounds:.0f} MiB after the rounds",
+            *([self.device_memory.line()] if self.device_memory is not None else []),
             *(
                 [f"other processes kept {self.cores_taken:.1f} cores busy during the rounds"]
                 if self.cores_taken is not None
@@ -160,21 +171,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, config, cases = parse_arguments(arguments)
     environment = Environment.of_this_process(usable_cores())
     logging.getLogger("max.pipelines").setLevel(logging.WARNING)
+    largest, longest, in_use = max(options.batches), max(case.longest for case in cases), bytes_in_use(options.devices)
     start = time.perf_counter()
     with AutoModel(
         options.model,
         devices=options.devices,
         custom_architectures=["pipelines_registry"],
-        max_batch_size=max(options.batches),
-        max_length=max(case.longest for case in cases),
+        max_batch_size=largest,
+        max_length=longest,
         **max_settings(options.devices, options.precompiled_mefs),
     ) as model:
         load_seconds, load_memory = time.perf_counter() - start, peak_memory_bytes()
+        loaded = bytes_in_use(options.devices)
         precision = precision_of(model, options.devices)
         before = CpuTimes.now()
         run_rounds(model, options.devices, cases, options.rounds)
         taken = cores_taken(before, CpuTimes.now())
-        memory = peak_memory_bytes()
+        memory, device_memory = peak_memory_bytes(), None
+        if options.devices != "cpu":
+            device_memory = DeviceMemory(
+                before_loading=in_use,
+                after_loading=loaded,
+                after_rounds=bytes_in_use(options.devices),
+                caches=cache_bytes(model.pipeline),
+                planned=planned_bytes(config, precision.weights, largest, longest),
+            )
         device_rate = None if options.devices == "cpu" else device_copy_rate()
     bandwidth = measure_bandwidth() if options.devices == "cpu" else None
     copy_rate = bandwidth.copy.maximum if bandwidth else device_rate
@@ -191,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         load_seconds=load_seconds,
         peak_memory_bytes_after_loading=load_memory,
         peak_memory_bytes=memory,
+        device_memory=device_memory,
         bandwidth=bandwidth,
         device_copy_rate=device_rate,
         results=[evaluate(case, config, precision, copy_rate) for case in cases],

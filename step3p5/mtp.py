@@ -9,16 +9,15 @@ before its final norm, for `k = 0`), and predicts the token at `i + k + 2`:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorType, TensorValue, Type, Value, ops
-from max.graph import Module as GraphModule
+from max.graph import DeviceRef, TensorType, TensorValue, Type, Value, ops
 from max.nn.embedding import Embedding
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
 from max.nn.layer import Module
+from typing_extensions import override
 
 from .checkpoint_tensors import TensorRole
 from .layer_config import LayerConfig, ModelConfig
@@ -27,6 +26,7 @@ from .layers.linear import Linear
 from .layers.norm import RMSNorm
 from .layers.rope import rope_table
 from .precision import activation_dtype, weight_dtype
+from .traced_module import TracedModule
 
 UNKNOWN_TOKEN = -1
 """In `known`: the token after a request's last row has not been chosen yet, so the draft stands for it."""
@@ -45,7 +45,7 @@ class SharedHead(Module):
         return ops.cast(self.output(self.norm(z)), DType.float32)
 
 
-class MTPDepth(Module):
+class MTPDepth(TracedModule):
     """One depth. Depths of one shape make the same graph: what differs, weights aside, comes in as a value.
 
     Weight names are the checkpoint's less `model.layers.{index}.` and `transformer.`.
@@ -127,29 +127,12 @@ class MTPDepth(Module):
             *self.kv_params.flattened_kv_inputs(),
         )
 
-    def trace(
-        self,
-        *input_types: Type[Any],
-        name: str | None = None,
-        module: GraphModule | None = None,
-        custom_extensions: Iterable[Path] = (),
-        is_device_graph: bool = False,
-    ) -> Graph:
-        """Traces the graph over `input_types()`; see `max.nn.Module.trace`."""
-
-        def forward(*inputs: Value[Any]) -> tuple[TensorValue, ...]:
-            previous, tokens, following, known, row_offsets, cache_layer, limit = (v.tensor for v in inputs[:7])
-            (collection,) = self.kv_params.unflatten_kv_inputs(iter(inputs[7:]))
-            return self(previous, tokens, following, known, row_offsets, cache_layer, limit, collection)
-
-        return Graph(
-            name or type(self).__name__,
-            forward,
-            input_types=input_types,
-            custom_extensions=list(custom_extensions),
-            module=module,
-            is_device_graph=is_device_graph,
-        )
+    @override
+    def call_with(self, *inputs: Value[Any]) -> tuple[TensorValue, ...]:
+        """Calls the module with values of `input_types()`."""
+        previous, tokens, following, known, row_offsets, cache_layer, limit = (value.tensor for value in inputs[:7])
+        (collection,) = self.kv_params.unflatten_kv_inputs(iter(inputs[7:]))
+        return self(previous, tokens, following, known, row_offsets, cache_layer, limit, collection)
 
 
 def depth_weights(state_dict: Mapping[str, Any], layer: LayerConfig) -> dict[str, Any]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from max.dtype import DType
-from max.graph import BufferValue, DeviceRef, Graph, TensorValue, Type, Value, ops
-from max.graph import Module as GraphModule
+from max.graph import BufferValue, DeviceRef, Graph, TensorValue, Value, ops
 from max.nn.data_parallelism import split_batch_replicated
 from max.nn.embedding import Embedding
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
-from max.nn.layer import LayerList, Module
+from max.nn.layer import LayerList
 from max.nn.transformer import ReturnLogits
 from max.nn.transformer.distributed_transformer import distributed_logits_postprocess
 from max.nn.transformer.transformer import forward_sequential_layers
 from max.pipelines.lib.interfaces.batch_processor import ragged_batch_inputs, signal_inputs
 from max.tree import Tree
+from typing_extensions import override
 
 from .layer_config import AttentionKind, RopeConfig
 from .layers.exchange import Exchange
@@ -30,12 +29,13 @@ from .layers.rope import rope_table
 from .layers.vocabulary import embed_part
 from .model_config import Step3p5Config
 from .parallel_plan import ParallelPlanError
-from .step3p5 import index_within_cache, layers_of_equal_shape, swiglu_limits
+from .step3p5 import index_within_cache, layers_of_equal_shape, rope_configs, swiglu_limits
+from .traced_module import TracedModule
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
-class ParallelStep3p5(Module):
+class ParallelStep3p5(TracedModule):
     """Step-3.5-Flash on several devices.
 
     Module and weight names are those of `Step3p5`. The whole modules load the checkpoint's tensors on the host; every
@@ -143,6 +143,8 @@ class ParallelStep3p5(Module):
             inputs_for_layer=inputs_for_layer,
             initial_hidden_states=h,
             subgraph_layer_groups=layers_of_equal_shape(layers) if self.config.use_subgraphs else None,
+            # Several graphs may lie in one module, and are then compiled together.
+            name_for_subgraph=lambda index: f"{Graph.current.name}_layers_{index}",
             weight_prefix_for_layer=lambda index: f"layers.{index}.",
         )
         return distributed_logits_postprocess(
@@ -173,8 +175,7 @@ class ParallelStep3p5(Module):
         caches = next(iter(kv_collections.values()))
         return {
             rope: [rope_table(rope, h[i], offsets[i], cache.cache_lengths) for i, cache in enumerate(caches)]
-            for rope in {layer.attention.rope for layer in self.config.model.layers}
-            if rope is not None
+            for rope in rope_configs(self.config.model.layers)
         }
 
     @property
@@ -192,37 +193,19 @@ class ParallelStep3p5(Module):
             kv=self.kv_params.get_symbolic_inputs(),
         )
 
-    def trace(
-        self,
-        *input_types: Type[Any],
-        name: str | None = None,
-        module: GraphModule | None = None,
-        custom_extensions: Iterable[Path] = (),
-        is_device_graph: bool = False,
-    ) -> Graph:
-        """Traces the graph over the leaves of `input_tree`; see `max.nn.Module.trace`."""
-        num_requests, num_signals = 2 * self.plan.own_requests, len(self._accelerators)
-
-        def forward(
-            tokens: Value[Any], input_row_offsets: Value[Any], return_n_logits: Value[Any], *rest: Value[Any]
-        ) -> tuple[TensorValue, ...]:
-            requests, signals = rest[:num_requests], rest[num_requests : num_requests + num_signals]
-            collections = self.kv_params.unflatten_basic_kv_tree(iter(rest[num_requests + num_signals :]))
-            kinds = [AttentionKind(kind) for kind in self.kv_params.children]
-            return self(
-                tokens.tensor,
-                input_row_offsets.tensor,
-                return_n_logits.tensor,
-                [value.tensor for value in requests],
-                [value.buffer for value in signals],
-                dict(zip(kinds, collections, strict=True)),
-            )
-
-        return Graph(
-            name or type(self).__name__,
-            forward,
-            input_types=input_types,
-            custom_extensions=list(custom_extensions),
-            module=module,
-            is_device_graph=is_device_graph,
+    @override
+    def call_with(self, *inputs: Value[Any]) -> tuple[TensorValue, ...]:
+        """Calls the module with the leaves of `input_tree`."""
+        tokens, input_row_offsets, return_n_logits, *rest = inputs
+        num_requests = 2 * self.plan.own_requests
+        num_others = num_requests + len(self._accelerators)
+        collections = self.kv_params.unflatten_basic_kv_tree(iter(rest[num_others:]))
+        kinds = [AttentionKind(kind) for kind in self.kv_params.children]
+        return self(
+            tokens.tensor,
+            input_row_offsets.tensor,
+            return_n_logits.tensor,
+            [value.tensor for value in rest[:num_requests]],
+            [value.buffer for value in rest[num_requests:num_others]],
+            dict(zip(kinds, collections, strict=True)),
         )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorValue, Type, Value, ops
-from max.graph import Module as GraphModule
+from max.graph import DeviceRef, Graph, TensorValue, Value, ops
 from max.nn.embedding import Embedding
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
-from max.nn.layer import LayerList, Module
+from max.nn.layer import LayerList
 from max.nn.transformer.transformer import forward_sequential_layers, logits_postprocess
 from max.pipelines.lib.interfaces.batch_processor import ragged_kv_symbolic_input_tree
 from max.tree import Tree
+from typing_extensions import override
 
 from .checkpoint_tensors import TensorRole
 from .layer_config import AttentionKind, LayerConfig, MoEConfig, RopeConfig
@@ -26,9 +25,10 @@ from .layers.norm import RMSNorm
 from .layers.rope import rope_table
 from .model_config import Step3p5Config
 from .precision import activation_dtype, weight_dtype
+from .traced_module import TracedModule
 
 
-class Step3p5(Module):
+class Step3p5(TracedModule):
     """Step-3.5-Flash on one device.
 
     Module and weight names are the checkpoint's less the leading `model.`, so that weights load by name.
@@ -109,6 +109,8 @@ class Step3p5(Module):
             inputs_for_layer=inputs_for_layer,
             initial_hidden_states=[self.embed(tokens)],
             subgraph_layer_groups=layers_of_equal_shape(layers) if self.config.use_subgraphs else None,
+            # Several graphs may lie in one module, and are then compiled together.
+            name_for_subgraph=lambda index: f"{Graph.current.name}_layers_{index}",
             weight_prefix_for_layer=lambda index: f"layers.{index}.",
         )
         return h
@@ -142,8 +144,7 @@ class Step3p5(Module):
         cache_lengths = next(iter(kv_collections.values())).cache_lengths
         return {
             rope: rope_table(rope, tokens, input_row_offsets, cache_lengths)
-            for rope in {layer.attention.rope for layer in self.config.model.layers}
-            if rope is not None
+            for rope in rope_configs(self.config.model.layers)
         }
 
     def input_tree(self) -> Mapping[str, object]:
@@ -152,35 +153,17 @@ class Step3p5(Module):
             kv_params=self.kv_params, device_refs=list(self.config.devices), include_signal_buffers=False
         )
 
-    def trace(
-        self,
-        *input_types: Type[Any],
-        name: str | None = None,
-        module: GraphModule | None = None,
-        custom_extensions: Iterable[Path] = (),
-        is_device_graph: bool = False,
-    ) -> Graph:
-        """Traces the graph over the leaves of `input_tree`; see `max.nn.Module.trace`."""
-
-        def forward(
-            tokens: Value[Any], input_row_offsets: Value[Any], return_n_logits: Value[Any], *kv_inputs: Value[Any]
-        ) -> tuple[TensorValue, ...]:
-            collections = self.kv_params.unflatten_basic_kv_tree(iter(kv_inputs))
-            kinds = [AttentionKind(kind) for kind in self.kv_params.children]
-            return self(
-                tokens.tensor,
-                input_row_offsets.tensor,
-                return_n_logits.tensor,
-                {kind: collection[0] for kind, collection in zip(kinds, collections, strict=True)},
-            )
-
-        return Graph(
-            name or type(self).__name__,
-            forward,
-            input_types=input_types,
-            custom_extensions=list(custom_extensions),
-            module=module,
-            is_device_graph=is_device_graph,
+    @override
+    def call_with(self, *inputs: Value[Any]) -> tuple[TensorValue, ...]:
+        """Calls the module with the leaves of `input_tree`."""
+        tokens, input_row_offsets, return_n_logits, *kv_inputs = inputs
+        collections = self.kv_params.unflatten_basic_kv_tree(iter(kv_inputs))
+        kinds = [AttentionKind(kind) for kind in self.kv_params.children]
+        return self(
+            tokens.tensor,
+            input_row_offsets.tensor,
+            return_n_logits.tensor,
+            {kind: collection[0] for kind, collection in zip(kinds, collections, strict=True)},
         )
 
 
@@ -192,6 +175,16 @@ def index_within_cache(layers: Sequence[LayerConfig]) -> list[int]:
         indices.append(seen[layer.attention.kind])
         seen[layer.attention.kind] += 1
     return indices
+
+
+def rope_configs(layers: Sequence[LayerConfig]) -> list[RopeConfig]:
+    """The rotary embeddings of the layers, each once, in the order of the layers.
+
+    An order that varied between processes would make other graphs of one model, which MAX's cache of compiled graphs
+    would not know again.
+    """
+    ropes = dict.fromkeys(layer.attention.rope for layer in layers)
+    return [rope for rope in ropes if rope is not None]
 
 
 def layers_of_equal_shape(layers: Sequence[LayerConfig]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from max import tree
 from max.driver import CPU, Buffer
 from max.dtype import DType
 from max.engine import InferenceSession
-from max.graph import DeviceRef, Graph
+from max.graph import DeviceRef
 from max.nn.kv_cache import MHAKVCacheParams, MultiKVCacheParams
 from max.nn.kv_cache.cache_params import BatchCharacteristics, KVCacheAssignments
 from max.nn.transformer import ReturnHiddenStates, ReturnLogits
@@ -36,15 +36,15 @@ def num_replicas(plan: ParallelPlan) -> int:
 
 
 def cache_params(plan: ParallelPlan, devices: list[DeviceRef], dtype: DType) -> MultiKVCacheParams:
-    """The caches of the devices, by kind of attention."""
-    caches = {}
-    for layer in plan.model.layers:
+    """The caches of the devices, by kind of attention, for the MTP layers as well."""
+    caches, layers = {}, (*plan.model.layers, *plan.model.mtp_layers)
+    for layer in layers:
         kind = layer.attention.kind
         caches[kind.value] = MHAKVCacheParams(
             dtype=dtype,
             n_kv_heads=layer.attention.num_key_value_heads,
             head_dim=layer.attention.head_dim,
-            num_layers=sum(other.attention.kind is kind for other in plan.model.layers),
+            num_layers=sum(other.attention.kind is kind for other in layers),
             devices=devices,
             page_size=PAGE_SIZE,
             window_size=layer.attention.sliding_window,
@@ -53,11 +53,11 @@ def cache_params(plan: ParallelPlan, devices: list[DeviceRef], dtype: DType) -> 
     return MultiKVCacheParams.from_params(caches)
 
 
-def parallel_model(
+def graph_config(
     plan: ParallelPlan, devices: list[DeviceRef], dtype: DType, kv_params: MultiKVCacheParams
-) -> ParallelStep3p5:
-    """The graph's module, with what it reads of a configuration."""
-    config = SimpleNamespace(
+) -> SimpleNamespace:
+    """What a graph's module reads of a configuration."""
+    return SimpleNamespace(
         model=plan.model,
         plan=plan,
         dtype=dtype,
@@ -67,12 +67,6 @@ def parallel_model(
         return_logits=ReturnLogits.LAST_TOKEN,
         return_hidden_states=ReturnHiddenStates.NONE,
     )
-    return ParallelStep3p5(cast(Any, config))
-
-
-def trace(module: ParallelStep3p5) -> Graph:
-    """The graph of a module whose weights have their names."""
-    return module.trace(*tree.leaves(module.input_tree()))
 
 
 class ParallelRunner:
@@ -82,10 +76,11 @@ class ParallelRunner:
         self.plan = plan
         devices = [DeviceRef.CPU()] * plan.num_devices
         self.kv_params = cache_params(plan, devices, DType.float32)
-        module = parallel_model(plan, devices, DType.float32, self.kv_params)
+        module = ParallelStep3p5(cast(Any, graph_config(plan, devices, DType.float32, self.kv_params)))
         weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
         module.load_state_dict(weights, strict=True)
-        self.model = InferenceSession(devices=[CPU()]).load(trace(module), weights_registry=module.state_dict())
+        graph = module.trace(*tree.leaves(module.input_tree()))
+        self.model = InferenceSession(devices=[CPU()]).load(graph, weights_registry=module.state_dict())
 
     def __call__(self, replicas: Sequence[Sequence[Array]]) -> Array:
         """Logits `[requests, vocab_size]` of the requests of every replica, in order."""

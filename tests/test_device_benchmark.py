@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from flash_config import flash_config
+from max.driver import Buffer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from device import as_passes, max_settings
+from device import DeviceMemory, as_passes, bytes_in_use, cache_bytes, max_settings, planned_bytes
+
+from step3p5.config_parser import parse_model_config
 
 
 def test_a_cpu_returns_tokens_in_the_step_that_makes_them() -> None:
@@ -27,3 +34,25 @@ def test_artifacts_are_named_only_where_there_are_some(folder: str | None) -> No
     settings = max_settings("gpu", folder)
     assert settings.get("precompiled_mefs") == folder
     assert settings["device_graph_capture"] is settings["enable_overlap_scheduler"] is True
+
+
+def test_the_caches_are_taken_off_what_the_process_has() -> None:
+    memory = DeviceMemory(
+        before_loading=10**9, after_loading=50 * 10**9, after_rounds=70 * 10**9, caches=30 * 10**9, planned=38.5e9
+    )
+    assert memory.without_caches == 39 * 10**9
+    assert memory.line() == "on the GPU 39.00 GB after the rounds, 38.50 planned; and 30.00 GB of caches"
+    assert bytes_in_use("cpu") == 0
+
+
+def test_caches_are_the_bytes_of_their_buffers() -> None:
+    buffers = [Buffer.from_numpy(np.zeros((3, 5), dtype)) for dtype in (np.float32, np.uint8)]
+    manager = SimpleNamespace(get_device_buffer=lambda replica: SimpleNamespace(all_buffers=buffers))
+    assert cache_bytes(SimpleNamespace(kv_manager=manager)) == 3 * 5 * 4 + 3 * 5
+
+
+def test_what_is_planned_grows_by_the_weights_of_a_layer() -> None:
+    flash = parse_model_config(flash_config())
+    less, more = (planned_bytes(replace(flash, layers=flash.layers[:n]), "bfloat16", 8, 1024) for n in (6, 7))
+    # 288 experts and the shared one, three matrices each; attention; router.
+    assert more - less == pytest.approx(2 * (289 * 3 * 4096 * 1280 + 4096 * (2 * 96 + 16) * 128), rel=2e-3)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flash_config import flash_config
 from harness import Runner, assert_close, clear_prompt, is_clear
 from reference import Reference
+
+from step3p5.config_parser import parse_model_config
+from step3p5.step3p5 import rope_configs
 
 
 @pytest.mark.parametrize("length", [1, 5, 129, 300, 700])
@@ -77,3 +82,15 @@ def clear_steps(reference: Reference, prompt: list[int], tokens: list[int]) -> i
     while steps < len(tokens) and is_clear(reference, prompt + tokens[:steps]):
         steps += 1
     return steps
+
+
+def test_the_order_of_the_rotary_embeddings_is_that_of_the_layers() -> None:
+    # Taken from a set, their order, and with it the graph's key in the cache of compiled graphs, was the process's own.
+    layers = parse_model_config(flash_config()).layers
+    thetas = [float(theta) for theta in range(2000, 1000, -25)]
+    assert layers[0].attention.rope is not None
+    ropes = [replace(layers[0].attention.rope, theta=theta) for theta in thetas]
+    rotating = [
+        replace(layers[0], attention=replace(layers[0].attention, rope=rope)) for rope in (*ropes, None, *ropes)
+    ]
+    assert rope_configs(rotating) == ropes

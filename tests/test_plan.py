@@ -23,12 +23,15 @@ from step3p5.byte_account import Forward, forward_bytes, forward_flops
 from step3p5.checkpoint_files import CheckpointError, StoredTensor
 from step3p5.checkpoint_tensors import CheckpointDtype, checkpoint_tensors, mtp_tensors
 from step3p5.config_parser import parse_model_config
+from step3p5.layer_config import MoEConfig
 from step3p5.parallel_plan import ParallelPlan, parallel_plan
 from step3p5.plan import memory
 from step3p5.plan.__main__ import main
 from step3p5.plan.case import MODES, Case, Load
 from step3p5.plan.gpus import GPUS
+from step3p5.plan.links import expert_exchange
 from step3p5.plan.memory import device_memory
+from step3p5.plan.report import summary
 from step3p5.plan.routing import busiest_device_experts
 from step3p5.plan.source import ModelSource, read_model
 from step3p5.plan.speculation import draft_bytes, expected_speedup, expected_tokens, verify_bytes
@@ -154,16 +157,41 @@ def test_a_token_of_flash_reads_23_gigabytes() -> None:
 @pytest.mark.parametrize(
     ("mode", "hidden_states"),
     [
-        # Two for an all-reduce, one for a gather; the first two are the embedding's, the last one is the head's gather.
+        # Two for an all-reduce, one for a gather or scatter; the first two are the embedding's, the last one is the
+        # head's gather.
         ("tp", 2 + 45 * 4),
         ("tp-ep", 2 + 45 * 4),
-        ("dp-ep", 2 + 42 * 3 + 1),
+        ("dp-ep", 2 + 42 * 2 + 1),
     ],
 )
 def test_what_goes_over_the_links(mode: str, hidden_states: int) -> None:
     step = decode_step(plan_of(mode, 4), BF16, H100, 8, 100)
     assert step.link_bytes == pytest.approx(0.75 * 8 * 2 * (hidden_states * 4096 + 128896))
     assert step.work[Part.LINKS].seconds == pytest.approx(step.link_bytes / 450e9)
+
+
+@pytest.mark.parametrize(("experts", "top_k", "devices"), [(8, 2, 4), (6, 3, 2), (9, 4, 3)])
+def test_a_dispatch_is_that_of_all_choices(experts: int, top_k: int, devices: int) -> None:
+    (moe,) = {layer.mlp for layer in FLASH.layers[4:5]}
+    assert isinstance(moe, MoEConfig)
+    choices = [np.array(chosen) // (experts // devices) for chosen in combinations(range(experts), top_k)]
+    ways = expert_exchange(replace(moe, num_experts=experts, top_k=top_k), devices, 12 * devices, 10)
+    # Twelve tokens of the first device, ten bytes each, there and back.
+    to_devices = np.mean([np.unique(chosen[chosen != 0]).size for chosen in choices])
+    to_experts = np.mean([np.sum(chosen != 0) for chosen in choices])
+    assert ways.dispatch_to_devices == pytest.approx(2 * 12 * 10 * to_devices)
+    assert ways.dispatch_to_experts == pytest.approx(2 * 12 * 10 * to_experts)
+
+
+@pytest.mark.parametrize("batch", [8, 512, 8192])
+@pytest.mark.parametrize(("count", "of_a_dispatch"), [(2, 1.01), (4, 1.11), (8, 1.52)])
+def test_the_exchange_of_the_plan_is_counted_beside_the_others(batch: int, count: int, of_a_dispatch: float) -> None:
+    case = Case(ModelSource("flash", FLASH, BF16), H100, count, "dp-ep", Load(batch, 8192))
+    step = summary(case)["step"]
+    ways = step["expert_exchange"]
+    assert ways["gather_and_scatter"] == pytest.approx(step["link_bytes_per_layer"]["moe"])
+    assert ways["gather_and_scatter"] < min(ways["gather_and_all_reduce"], 1.01 * ways["dispatch_to_experts"])
+    assert ways["gather_and_scatter"] < of_a_dispatch * ways["dispatch_to_devices"]
 
 
 def test_a_mesh_of_links_is_as_fast_as_it_has_peers() -> None:

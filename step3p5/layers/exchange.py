@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from max.graph import BufferValue, DeviceRef, TensorValue, ops
+from max.graph import BufferValue, DeviceRef, TensorType, TensorValue, ops
 
 from ..parallel_plan import Collective
 
@@ -40,8 +40,7 @@ class Exchange:
             case Collective.ALL_GATHER:
                 return self._join(values, axis=0)
             case Collective.REDUCE_SCATTER:
-                # MAX's own cuts into equal parts, but devices have as many rows as their requests have tokens.
-                return self._own_rows(self._sum(values), own)
+                return self._sum_own_rows(values, own)
 
     def join_columns(self, collective: Collective | None, values: Sequence[TensorValue]) -> list[TensorValue]:
         """Joins parts of the columns of the same rows."""
@@ -61,7 +60,33 @@ class Exchange:
             return ops.allgather(values, self.signals, axis=axis)
         return [ops.concat(values, axis=axis)] * len(values)
 
-    def _own_rows(self, values: list[TensorValue], own: Sequence[TensorValue]) -> list[TensorValue]:
+    def _sum_own_rows(self, values: Sequence[TensorValue], own: Sequence[TensorValue]) -> list[TensorValue]:
+        """The sum of every device's own rows.
+
+        MAX's reduce-scatter cuts into equal parts. Devices whose requests do not have equally many tokens sum all rows
+        instead, each on twice as many bytes sent, and keep theirs. Captured decode steps, and prefills as long as the
+        scheduler allows, are equal.
+        """
+        assert self.row_bounds is not None
+        rows = self.row_bounds[1:] - self.row_bounds[:-1]
+        are_equal = ops.squeeze(ops.max(rows) == ops.min(rows), 0)
+        return ops.cond(
+            are_equal,
+            [
+                TensorType(value.dtype, of_device.shape, value.device)
+                for value, of_device in zip(values, own, strict=True)
+            ],
+            lambda: self._equal_parts(values, own),
+            lambda: self._own_parts(self._sum(values), own),
+        )
+
+    def _equal_parts(self, values: Sequence[TensorValue], own: Sequence[TensorValue]) -> list[TensorValue]:
+        if not self.signals:
+            return self._own_parts(self._sum(values), own)
+        parts = ops.reducescatter.sum(values, self.signals)
+        return [ops.rebind(part, of_device.shape) for part, of_device in zip(parts, own, strict=True)]
+
+    def _own_parts(self, values: Sequence[TensorValue], own: Sequence[TensorValue]) -> list[TensorValue]:
         assert self.row_bounds is not None
         return [
             ops.slice_tensor(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from step3p5.layer_config import MoEConfig
 from step3p5.parallel_plan import Collective, LayerPlan, ParallelPlan
 
 SENT: Mapping[Collective, int] = {
     Collective.ALL_REDUCE: 2,
     Collective.ALL_GATHER: 1,
-    Collective.REDUCE_SCATTER: 2,
+    Collective.REDUCE_SCATTER: 1,
 }
-"""How often a device sends `(n - 1) / n` of all the data. No all-reduce or gather needs less; a scatter would do with
-1, but MAX's cuts into equal parts, so that the graph's is an all-reduce of which a device keeps its own rows."""
+"""How often a device sends `(n - 1) / n` of all the data; no way to do the same needs less. The scatter's is 2 where
+devices have not equally many rows, see `Exchange`."""
 
 
 def sent_bytes(collective: Collective | None, num_devices: int, num_bytes: float) -> float:
@@ -25,6 +28,41 @@ def layer_sent_bytes(plan: ParallelPlan, layer: LayerPlan, num_tokens: int, item
     hidden = float(num_tokens * plan.model.hidden_size * itemsize)
     collectives = (layer.after_attention, layer.before_mlp, layer.after_mlp)
     return sum(sent_bytes(collective, plan.num_devices, hidden) for collective in collectives)
+
+
+@dataclass(frozen=True)
+class ExpertExchange:
+    """Ways to bring tokens that devices have of their own to the experts of all and back: bytes that a device sends.
+
+    Of one MoE layer, under uniform routing. A dispatch is counted without the indices and weights that travel with it.
+    """
+
+    gather_and_scatter: float
+    """Every token to every device, and of the sums to every device its own: what the plan does."""
+
+    gather_and_all_reduce: float
+    """The same, but all sums to every device."""
+
+    dispatch_to_devices: float
+    """Every token once to each device that has experts of it, and one sum back from each."""
+
+    dispatch_to_experts: float
+    """Every token to each of its experts, and the product of each back."""
+
+
+def expert_exchange(moe: MoEConfig, num_devices: int, num_tokens: float, token_bytes: float) -> ExpertExchange:
+    """Counts every way for `num_tokens` tokens of all devices together, whose hidden states take `token_bytes` each."""
+    num_bytes = num_tokens * token_bytes
+    gather = sent_bytes(Collective.ALL_GATHER, num_devices, num_bytes)
+    here = moe.num_experts // num_devices
+    misses_device = math.comb(moe.num_experts - here, moe.top_k) / math.comb(moe.num_experts, moe.top_k)
+    others = num_devices - 1
+    return ExpertExchange(
+        gather_and_scatter=gather + sent_bytes(Collective.REDUCE_SCATTER, num_devices, num_bytes),
+        gather_and_all_reduce=gather + sent_bytes(Collective.ALL_REDUCE, num_devices, num_bytes),
+        dispatch_to_devices=2 * num_bytes / num_devices * others * (1 - misses_device),
+        dispatch_to_experts=2 * num_bytes / num_devices * moe.top_k * others / num_devices,
+    )
 
 
 def head_sent_bytes(plan: ParallelPlan, num_tokens: int, num_logits: int, itemsize: int) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from step3p5.layer_config import MoEConfig
 from step3p5.plan.case import MODES, Case, Refused
-from step3p5.plan.links import layer_sent_bytes, num_collectives
+from step3p5.plan.links import ExpertExchange, expert_exchange, layer_sent_bytes, num_collectives
 from step3p5.plan.memory import UTILIZATION
 from step3p5.plan.speculation import expected_speedup
 from step3p5.plan.step_time import Part, decode_step, draft_step
@@ -54,6 +55,7 @@ def summary(case: Case) -> dict[str, Any]:
             "flops_per_token": step.flops * case.count / load.batch,
             "link_bytes_per_device": step.link_bytes,
             "link_bytes_per_layer": link_bytes_per_layer(case),
+            "expert_exchange": {} if (ways := expert_exchange_of(case)) is None else asdict(ways),
             "collectives": num_collectives(case.plan),
             "seconds": step.seconds,
         },
@@ -70,6 +72,15 @@ def link_bytes_per_layer(case: Case) -> dict[str, float]:
         of_layer = case.plan.layers[position]
         sent.setdefault(kind, layer_sent_bytes(case.plan, of_layer, case.load.batch, case.source.weights.itemsize))
     return sent
+
+
+def expert_exchange_of(case: Case) -> ExpertExchange | None:
+    """Ways to bring a step's tokens to the experts of a MoE layer; `None` where every device has every token."""
+    moe = next((layer.mlp for layer in case.source.model.layers if isinstance(layer.mlp, MoEConfig)), None)
+    if moe is None or not case.plan.own_requests:
+        return None
+    token_bytes = case.source.model.hidden_size * case.source.weights.itemsize
+    return expert_exchange(moe, case.count, case.load.batch, token_bytes)
 
 
 def text(case: Case) -> str:
@@ -112,6 +123,14 @@ def text(case: Case) -> str:
     if case.count > 1:
         sent = ", ".join(f"{kind} {num_bytes / 1e3:.1f} kB" for kind, num_bytes in link_bytes_per_layer(case).items())
         lines.append(f"each device sends a layer: {sent}; {num_collectives(case.plan)} collectives a step")
+    if (ways := expert_exchange_of(case)) is not None:
+        lines += [
+            "ways to the experts and back, kB that each device sends a layer:",
+            f"  {'gather, reduce-scatter (the plan)':<34}{ways.gather_and_scatter / 1e3:>10.1f}",
+            f"  {'gather, all-reduce':<34}{ways.gather_and_all_reduce / 1e3:>10.1f}",
+            f"  {'dispatch, combine: to devices':<34}{ways.dispatch_to_devices / 1e3:>10.1f}",
+            f"  {'dispatch, combine: to experts':<34}{ways.dispatch_to_experts / 1e3:>10.1f}",
+        ]
     lines.append(
         f"at most {1 / step.seconds:.0f} tokens/s a request, {step.tokens_per_second:.0f} tokens/s for the node"
     )

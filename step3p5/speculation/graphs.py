@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorType, TensorValue, Type, Value, ops
-from max.graph import Module as GraphModule
+from max.graph import DeviceRef, TensorType, TensorValue, Type, ops
 from max.nn.layer import Module
 from max.pipelines.lib.interfaces.batch_processor import ragged_kv_symbolic_input_tree
 from typing_extensions import override
@@ -84,27 +82,4 @@ class RowSelection(Module):
             TensorType(self.dtype, ["kept", self.hidden_size], self.device),
             TensorType(DType.int64, ["rows"], self.device),
             TensorType(DType.int64, ["keep"], self.device),
-        )
-
-    def trace(
-        self,
-        *input_types: Type[Any],
-        name: str | None = None,
-        module: GraphModule | None = None,
-        custom_extensions: Iterable[Path] = (),
-        is_device_graph: bool = False,
-    ) -> Graph:
-        """Traces the graph over `input_types()`; see `max.nn.Module.trace`."""
-
-        def forward(*inputs: Value[Any]) -> tuple[TensorValue, ...]:
-            hidden, kept, rows, keep = (value.tensor for value in inputs)
-            return self(hidden, kept, rows, keep)
-
-        return Graph(
-            name or type(self).__name__,
-            forward,
-            input_types=input_types,
-            custom_extensions=list(custom_extensions),
-            module=module,
-            is_device_graph=is_device_graph,
         )
