@@ -34,8 +34,8 @@ from report import Environment, Spread, format_table, write_json
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from step3p5.byte_account import Forward, forward_bytes
-from step3p5.checkpoint_tensors import CheckpointDtype, mtp_layer_tensors
+from step3p5.byte_account import cycle_bytes
+from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.layer_config import ModelConfig
 from step3p5.pretrained_config import as_step3p5_config
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
@@ -129,14 +129,11 @@ class Report:
 
 def predicted_speedup(model: ModelConfig, batch: int, acceptance: Sequence[float], dtype: CheckpointDtype) -> float:
     """Speed-up by the bytes read, drafting as deep as `acceptance` is long."""
-    layers = model.mtp_layers[: len(acceptance)]
-    context = PROMPT_TOKENS
-    drafts = sum(
-        spec.num_bytes(dtype) for layer in layers for spec in mtp_layer_tensors(model, layer).values()
-    )  # a layer's cache is a few thousandths of its weights
-    plain = forward_bytes(model, Forward(batch, 1, context + 1), dtype, dtype)
-    verify = forward_bytes(model, Forward(batch, 1 + len(layers), context + 1 + len(layers)), dtype, dtype)
-    return tokens_per_cycle(acceptance) * plain / (verify + drafts)
+
+    def read(depth: int) -> float:
+        return cycle_bytes(model, batch, depth, PROMPT_TOKENS, dtype, dtype)
+
+    return tokens_per_cycle(acceptance) * read(0) / read(len(acceptance))
 
 
 def run_case(models: tuple[AutoModel, AutoModel], case: Case, prompts: list[list[int]], new_tokens: int) -> None:

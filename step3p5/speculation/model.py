@@ -18,6 +18,8 @@ from max.pipelines.context import TextContext
 from max.pipelines.lib.graph_specs import GraphRole, GraphSpec
 from typing_extensions import override
 
+from ..byte_account import cycle_bytes
+from ..checkpoint_tensors import CheckpointDtype
 from ..config_fields import ConfigError
 from ..model import Step3p5Model
 from ..model_config import Step3p5Config
@@ -32,6 +34,10 @@ logger = logging.getLogger("max.pipelines")
 
 SELECTION = "mtp_rows"
 """Role of the graph that selects the drafts' rows."""
+
+
+TYPICAL_CONTEXT = 1024
+"""Tokens of a request that the byte account assumes; where contexts are longer, measured times tell."""
 
 
 def depth_role(depth: int) -> str:
@@ -62,6 +68,13 @@ class SpeculativeStep3p5Model(Step3p5Model):
         config = self.arch_config_as(Step3p5Config)
         windows = [layer.attention.sliding_window or self.max_seq_len for layer in config.drafting_layers]
         return min(sum(windows), self.max_seq_len)
+
+    def cycle_bytes(self, batch_size: int, depth: int) -> float:
+        """Bytes that drafting `depth` tokens of each of `batch_size` requests and verifying them reads."""
+        config = self.arch_config_as(Step3p5Config)
+        weights = CheckpointDtype(config.dtype.name)
+        cache = CheckpointDtype(activation_dtype(config.dtype, config.devices[0]).name)
+        return cycle_bytes(config.model, batch_size, depth, TYPICAL_CONTEXT, weights, cache)
 
     @override
     def load_graphs(self, session: InferenceSession) -> dict[str, Model]:

@@ -43,10 +43,9 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         self.statistics = Statistics(self._pipeline_model.depth)
         speculative = self._pipeline_config.speculative
         schedule = speculative.verify_width_schedule if speculative is not None else None
+        model = self._pipeline_model
         self.policy: FixedDepth | AdaptiveDepth = (
-            AdaptiveDepth(self._pipeline_model.depth)
-            if schedule is None
-            else FixedDepth(schedule, self._pipeline_model.depth)
+            AdaptiveDepth(model.depth, model.cycle_bytes) if schedule is None else FixedDepth(schedule, model.depth)
         )
 
     def batch_spec_decode_metrics(self) -> _SpeculativeDecodingMetrics | None:
