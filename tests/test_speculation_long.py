@@ -1,4 +1,4 @@
-"""Speculation is lossless over many long answers: 64 prompts of 256 new tokens at each batch size, minutes of one CPU."""
+"""Speculation is lossless over many long answers: 64 prompts of 256 new tokens each, at three batch sizes; minutes."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ from step3p5.random_checkpoint.writer import write_random_checkpoint
 
 AGREEMENT = 0.7
 ALWAYS = [{"batch_start": 1, "batch_end": 64, "num_tokens": 3}]
-DRAFTING = ("--host", "127.0.0.1", "--speculative-method", "mtp", "--num-speculative-tokens", "3")
+COMMON = ("--host", "127.0.0.1", "--max-length", "1024")
+DRAFTING = (*COMMON, "--speculative-method", "mtp", "--num-speculative-tokens", "3")
 CACHING = ("--enable-prefix-caching",)
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
 NO_THOUGHT = {"chat_template_kwargs": {"enable_thinking": False}}
@@ -69,7 +70,7 @@ def reference(predictable: Path) -> Reference:
 def servers(predictable: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
     """The same checkpoint served plainly and with drafts in every step."""
     schedule = ("--num-speculative-tokens-per-batch-size", json.dumps(ALWAYS))
-    plain = Server(predictable, tmp_path_factory.mktemp("plain"), (*DRAFTING[:2], *CACHING))
+    plain = Server(predictable, tmp_path_factory.mktemp("plain"), (*COMMON, *CACHING))
     drafting = ChattyServer(predictable, tmp_path_factory.mktemp("drafting"), (*DRAFTING, *schedule, *CACHING))
     with plain, drafting:
         yield plain, drafting
@@ -198,10 +199,9 @@ def test_forced_calls_and_response_formats_hold_beside_requests_that_draft(
     plain: Server, drafting: Server, reference: Reference, rng: np.random.Generator
 ) -> None:
     named = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    common: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "temperature": 1}
     forced: list[dict[str, Any]] = [
-        {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "temperature": 1, "seed": seed}
-        | form
-        | {"extra_body": NO_THOUGHT}
+        {**common, **form, "seed": seed, "extra_body": NO_THOUGHT}
         for seed, form in enumerate([named, {"response_format": SCHEMA}] * 2, start=1)
     ]
     prompts = [rng.integers(FIRST_TEXT_TOKEN, 500, size=25).tolist() for _ in range(3)]

@@ -19,6 +19,7 @@ from max.support.algorithm import flatten2d
 from typing_extensions import override
 
 from .acceptance import can_verify_drafts, commit, contexts_ahead, num_accepted
+from .host_rows import host_dtype
 from .model import SpeculativeStep3p5Model
 from .policy import AdaptiveDepth, DraftPlan, FixedDepth
 from .rows import Advance, draft_rows
@@ -189,7 +190,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             )
         rows = draft_rows(advances, int(hidden.shape[0]), plan.depth)
         pieces = [p for i, a in zip(running, advances, strict=True) for p in states[i].rows_from(a.start - a.kept)]
-        kept = concatenated(pieces, int(hidden.shape[1]), hidden.dtype.to_numpy())
+        kept = concatenated(pieces, int(hidden.shape[1]), host_dtype(hidden.dtype))
         drafted, new_rows = model.draft(rows, hidden, kept, kv_cache_inputs, drafting)
         splits = np.split(new_rows, np.cumsum(rows.keep_counts)[:-1])
         own_drafts = dict(zip(drafting, drafted.tolist(), strict=True))
