@@ -1,8 +1,8 @@
 """Puts this package's handlers of `/v1/completions` and `/v1/chat/completions` before MAX's own.
 
 MAX's API server mounts the routers of its table `ROUTES` in order, and the first that knows a path answers it. This
-module's router is added at the front. It checks a request, hands it to MAX's handler, once for each of `n` choices, and
-ends the answer before a stop string, where MAX leaves it and may go on.
+module's router is added at the front. It checks a request, hands it to MAX's handler, once for each of `n` choices,
+ends the answer before a stop string, where MAX leaves it and may go on, and keeps thoughts out of `content`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing_extensions import override
 from .request_checks import MAX_SEED, Endpoint, RequestError, check_request
 from .several_choices import gather_answers, streamed
 from .stop_strings import before_stop, ended_at_stop, without_stops
+from .thoughts import SAID, Said, keep_thought, taken_down
 from .tokenizer import Step3p5Tokenizer
 
 HANDLERS: Mapping[Endpoint, Callable[[Request], Awaitable[Any]]] = {
@@ -76,7 +77,7 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
     handler = HANDLERS[endpoint]
     if not isinstance(pipeline.tokenizer, Step3p5Tokenizer):
         return await handler(request)
-    vars(pipeline).setdefault("next_token_chunk", ended_at_stop(pipeline.next_token_chunk))
+    vars(pipeline).setdefault("next_token_chunk", taken_down(ended_at_stop(pipeline.next_token_chunk)))
     loras = pipeline.lora_queue.list_loras() if pipeline.lora_queue else []
     try:
         fields = check_request(await request.body(), endpoint, [pipeline.model_name, *loras])
@@ -93,7 +94,14 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
 
 
 async def _ask(handler: Callable[[Request], Awaitable[Any]], request: Request, stops: Sequence[str]) -> Any:
-    answer = await handler(request)
+    said = Said()
+    before = SAID.set(said)
+    try:
+        answer = await handler(request)
+    finally:
+        SAID.reset(before)
+    if isinstance(answer, CreateChatCompletionResponse):
+        keep_thought(answer, said, stops)
     if stops and isinstance(answer, CreateCompletionResponse):
         for choice in answer.choices:
             choice.text = before_stop(choice.text, stops)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from itertools import islice
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -119,22 +119,28 @@ def test_the_openai_client_sees_an_unknown_model_as_not_found(server: Server) ->
 def test_bad_requests_disturb_no_other_client(server: Server) -> None:
     options: dict[str, Any] = {"model": server.model, "prompt": "Once upon a time", "max_tokens": 80}
     options |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    alone = server.client().completions.create(**options).choices[0].text
+    texts, statuses = list[str](), set[int]()
 
-    async def run() -> tuple[str, str, set[int]]:
-        statuses = set()
+    async def run() -> None:
         async with server.async_client() as client, httpx.AsyncClient(base_url=server.address, timeout=120) as other:
-            alone = (await client.completions.create(**options)).choices[0].text
-            text = ""
-            requests = iter(bad_requests(server))
-            async for chunk in await client.completions.create(stream=True, **options):
-                text += chunk.choices[0].text
-                for path, content, _ in islice(requests, 2):
-                    statuses.add((await other.post(path, content=content)).status_code)
-            assert next(requests, None) is None, "the stream ended before the last bad request"
-        return alone, text, statuses
 
-    alone, text, statuses = asyncio.run(run())
-    assert text == alone
+            async def stream() -> None:
+                while True:
+                    chunks = [chunk async for chunk in await client.completions.create(stream=True, **options)]
+                    texts.append("".join(chunk.choices[0].text for chunk in chunks))
+
+            streaming = asyncio.create_task(stream())
+            for path, content, _ in bad_requests(server):
+                statuses.add((await other.post(path, content=content)).status_code)
+            while not texts and not streaming.done():
+                await asyncio.sleep(0.1)
+            streaming.cancel()
+            with suppress(asyncio.CancelledError):
+                await streaming
+
+    asyncio.run(run())
+    assert set(texts) == {alone}
     assert statuses == {400}
 
 
