@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import JSONResponse
 from max.serve.api_server import ROUTES
 from max.serve.config import APIType
 from max.serve.router.openai_routes import openai_create_chat_completion, openai_create_completion
@@ -20,7 +21,7 @@ from max.serve.schemas.openai import CreateChatCompletionResponse, CreateComplet
 from sse_starlette.sse import EventSourceResponse
 from typing_extensions import override
 
-from .request_checks import MAX_SEED, Endpoint, RequestError, check_request
+from .request_checks import MAX_SEED, Endpoint, RequestError, check_request, with_field
 from .several_choices import gather_answers, streamed
 from .stop_strings import before_stop, ended_at_stop, without_stops
 from .thoughts import SAID, Said, keep_thought, taken_down
@@ -90,7 +91,14 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
     own = [{"n": 1, "seed": _seed(seed, number)} for number in range(count)]
     requests = [RewrittenRequest(request, fields | one, number) for number, one in enumerate(own)]
     asking = [_ask(handler, one, stops) for one in requests]
-    return await (gather_answers(asking) if count > 1 else asking[0])
+    try:
+        answer = await (gather_answers(asking) if count > 1 else asking[0])
+    except HTTPException as error:
+        raise HTTPException(error.status_code, with_field(str(error.detail), fields)) from error
+    if isinstance(answer, JSONResponse):  # an error before the first token of a stream
+        content = json.loads(bytes(answer.body))
+        raise HTTPException(answer.status_code, with_field(content.get("error", content)["message"], fields))
+    return answer
 
 
 async def _ask(handler: Callable[[Request], Awaitable[Any]], request: Request, stops: Sequence[str]) -> Any:

@@ -16,7 +16,13 @@ from server import MAX_LENGTH, Server
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 TOOL = {"type": "function", "function": {"name": "look_up"}}
+BAD_TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "poem"}}}
 TEXT_OF_10_MB = "ten million characters, or so ".ljust(40) * 250_000
+
+
+def schema_of(schema: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
 
 BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETION, {"prompt": []}, "prompt: found an empty list"),
@@ -61,6 +67,11 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"logit_bias": {"5": 100}}, "logit_bias: found {'5': 100}"),
     (CHAT, {"response_format": {"type": "poem"}}, "response_format"),
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}, "response_format"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema: found"),
+    (CHAT, {"response_format": schema_of({"type": "poem"})}, "response_format: found a schema that cannot be enforced"),
+    (CHAT, {"response_format": schema_of({"pattern": "("}), "stream": True}, "response_format: found a schema"),
+    (CHAT, {"response_format": schema_of({"$ref": "#/nowhere"}), "n": 2}, "response_format: found a schema"),
+    (CHAT, {"tools": [BAD_TOOL], "tool_choice": "required"}, "tools: found a schema that cannot be enforced"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tool function name: 'no spaces'"),
     (CHAT, {"tool_choice": "required"}, "tool_choice: found 'required' (str) without tools"),
     (
@@ -107,7 +118,7 @@ def test_a_bad_request_is_answered_with_the_name_of_its_field(server: Server) ->
             answer = client.post(path, content=content)
             assert answer.status_code == 400, (says, answer.status_code, answer.text)
             error = answer.json()["error"]
-            assert says in error["message"]
+            assert says in error["message"], (says, error)
             assert error["type"] == "invalid_request_error"
 
 

@@ -62,9 +62,7 @@ def test_each_request_is_taken_down_for_itself() -> None:
         async def chunks() -> AsyncGenerator[TokenGeneratorOutput]:
             for letter in text:
                 await asyncio.sleep(0)
-                yield TokenGeneratorOutput(
-                    GenerationStatus.ACTIVE, decoded_tokens=letter, decoded_reasoning_tokens="hm"
-                )
+                yield TokenGeneratorOutput(GenerationStatus.ACTIVE, decoded_tokens=letter, decoded_reasoning_tokens="h")
 
         return chunks()
 
