@@ -142,7 +142,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             tokens = drawn[next_draw : next_draw + len(own) + 1]
             next_draw += len(tokens)
             if context.tokens.actively_chunked:
-                context.update(tokens[0])  # moves on to the next chunk; nothing is appended
+                context.advance_token_buffer(tokens[0])  # moves on to the next chunk; nothing is appended
             else:
                 accepted = num_accepted(own, tokens)
                 commit(context, tokens[: accepted + 1])
