@@ -8,7 +8,7 @@ whatever else the machine does in between falls on both alike; prompts are read 
 
 from __future__ import annotations
 
-import statistics
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -173,7 +173,7 @@ def run_moving(
         result, *seconds = run_phase(plain, drafting, phase, list(prompts), new_tokens)
         results.append(result)
         times.append(seconds)
-    base, chosen = (statistics.fsum(column) for column in zip(*times, strict=True))
+    base, chosen = (math.fsum(column) for column in zip(*times, strict=True))
     return results, chosen / base - 1
 
 

@@ -198,7 +198,7 @@ def test_cached_prefixes_and_prompts_in_pieces_change_no_token(
 def test_forced_calls_and_response_formats_hold_beside_requests_that_draft(
     plain: Server, drafting: Server, reference: Reference, rng: np.random.Generator
 ) -> None:
-    named = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    named: dict[str, Any] = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
     common: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "temperature": 1}
     forced: list[dict[str, Any]] = [
         {**common, **form, "seed": seed, "extra_body": NO_THOUGHT}
