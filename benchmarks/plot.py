@@ -151,6 +151,55 @@ def draw_cpu_peer(result: Result, figure: Figure) -> None:
         axis.legend(fontsize="x-small")
 
 
+def draw_speculation(result: Result, figure: Figure) -> None:
+    """By batch: speed-up measured and by bytes, and draft and verify time, for each depth; by depth, acceptance."""
+    axes = figure.subplots(1, 3)
+    by_depth: dict[int | None, list[Result]] = defaultdict(list)
+    for row in result["results"]:
+        by_depth[row["depth"]].append(row)
+    for depth, rows in by_depth.items():
+        batches = [row["batch"] for row in rows]
+        name = "chosen" if depth is None else f"depth {depth}"
+        colour = "black" if depth is None else f"C{depth}"
+        if depth != 0:
+            axes[0].plot(batches, [row["speedup"] for row in rows], marker="o", color=colour, label=name)
+            axes[1].plot(batches, [row["verify_ms"] for row in rows], marker="o", color=colour, label=f"verify, {name}")
+            axes[1].plot(batches, [row["draft_ms"] for row in rows], "--", marker="x", color=colour, label="draft")
+        if depth:
+            axes[0].plot(batches, [row["predicted_speedup"] for row in rows], ":", color=colour, label="by bytes")
+    axes[0].axhline(1, color="grey", linewidth=0.8)
+    for axis, label in ((axes[0], "times plain decoding"), (axes[1], "ms a step")):
+        _label(axis, "batch size", label)
+        axis.set_ylim(bottom=0)
+    for row in by_depth[max(depth for depth in by_depth if depth is not None)]:
+        places = range(1, len(row["acceptance"]) + 1)
+        axes[2].plot(places, row["acceptance"], marker="o", label=f"batch {row['batch']}")
+    axes[2].set(xlabel="draft", ylabel="acceptance, those before it accepted", ylim=(0, 1), xticks=list(places))
+    axes[2].grid(alpha=0.3)
+    for axis in axes:
+        axis.legend(fontsize="x-small")
+
+
+def draw_speculation_moving(result: Result, figure: Figure) -> None:
+    """Phase by phase: tokens a second of the chosen depth and of plain decoding, cost and acceptance beside them."""
+    axis = figure.subplots()
+    phases = result["phases"]
+    for offset, field in ((-0.2, "plain"), (0.2, "chosen")):
+        rates = [phase[field] for phase in phases]
+        axis.bar([place + offset for place in range(len(phases))], rates, 0.4, label=field)
+    for place, phase in enumerate(phases):
+        note = f"{-phase['cost']:+.1%}\n{phase['mean_depth']:.1f} drafts"
+        axis.annotate(note, (place, max(phase["plain"], phase["chosen"])), ha="center", va="bottom", fontsize="small")
+    names = [
+        f"batch {phase['batch']}\nacceptance {phase['acceptance'][0] if phase['acceptance'] else 0:.2f}"
+        for phase in phases
+    ]
+    axis.set_xticks(range(len(phases)), names, fontsize="small")
+    axis.set_ylabel("tokens/s")
+    axis.margins(y=0.15)
+    axis.legend(fontsize="x-small")
+
+
 KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
     "forward": draw_forward,
     "serving": draw_serving,
@@ -158,6 +207,8 @@ KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
     "dense": draw_dense,
     "accuracy": draw_accuracy,
     "cpu_peer": draw_cpu_peer,
+    "speculation": draw_speculation,
+    "speculation_moving": draw_speculation_moving,
 }
 """What draws a result, by its `benchmark`; one without the field is `moe.py`'s."""
 

@@ -1,6 +1,7 @@
 """Times speculation with the MTP layers: acceptance, draft and verify time, and speed-up, by batch and depth.
 
     python benchmarks/speculation.py MODEL [--batches 1,4,8] [--depth 3] [--new-tokens 64] [--rounds 3] [--json FILE]
+    python benchmarks/speculation.py MODEL --moving [--batches 1,4,8] [--temperature 1.5] [--json FILE]
 
 MODEL is a checkpoint whose drafts can be right, such as `python -m step3p5.random_checkpoint OUT --preset mid
 --predictable 0.8` writes. The plain pipeline and the speculative one, at each depth and at the depth that it chooses
@@ -9,6 +10,9 @@ prompts are read before the clock starts. `--predict` only counts bytes and load
 
 The prediction is of bytes: tokens a cycle by the acceptance that was seen, over the bytes that a cycle reads beside
 those of plain decoding (`step3p5.byte_account`; routed experts as expected under uniform routing).
+
+`--moving` runs through changing batches and acceptance instead and shows what the chosen depth costs against plain
+decoding (`speculation_moving.py`).
 """
 
 from __future__ import annotations
@@ -31,11 +35,12 @@ from max.pipelines.lib.auto_model import AutoModel
 from max.pipelines.lib.generate import GenerateIterator
 from max.pipelines.modeling.types import RequestID
 from report import Environment, Spread, format_table, write_json
+from speculation_moving import MovingReport, moving_phases, run_moving
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from step3p5.byte_account import Forward, forward_bytes
-from step3p5.checkpoint_tensors import CheckpointDtype, mtp_layer_tensors
+from step3p5.byte_account import cycle_bytes
+from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.layer_config import ModelConfig
 from step3p5.pretrained_config import as_step3p5_config
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
@@ -129,14 +134,11 @@ class Report:
 
 def predicted_speedup(model: ModelConfig, batch: int, acceptance: Sequence[float], dtype: CheckpointDtype) -> float:
     """Speed-up by the bytes read, drafting as deep as `acceptance` is long."""
-    layers = model.mtp_layers[: len(acceptance)]
-    context = PROMPT_TOKENS
-    drafts = sum(
-        spec.num_bytes(dtype) for layer in layers for spec in mtp_layer_tensors(model, layer).values()
-    )  # a layer's cache is a few thousandths of its weights
-    plain = forward_bytes(model, Forward(batch, 1, context + 1), dtype, dtype)
-    verify = forward_bytes(model, Forward(batch, 1 + len(layers), context + 1 + len(layers)), dtype, dtype)
-    return tokens_per_cycle(acceptance) * plain / (verify + drafts)
+
+    def read(depth: int) -> float:
+        return cycle_bytes(model, batch, depth, PROMPT_TOKENS, dtype, dtype)
+
+    return tokens_per_cycle(acceptance) * read(0) / read(len(acceptance))
 
 
 def run_case(models: tuple[AutoModel, AutoModel], case: Case, prompts: list[list[int]], new_tokens: int) -> None:
@@ -207,6 +209,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--new-tokens", metavar="N", type=positive_int, default=64, help="a request (default: %(default)s)")
     add("--rounds", metavar="N", type=positive_int, default=3, help="(default: %(default)s)")
     add("--predict", metavar="P", type=float, help="print the speed-up by bytes at acceptance P and end")
+    add("--moving", action="store_true", help="run through changing batches and acceptance at the chosen depth")
+    add("--temperature", metavar="T", type=float, default=1.5, help="of --moving's second half (default: %(default)s)")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
     options = parser.parse_args(arguments)
     if PROMPT_TOKENS + options.new_tokens > MAX_LENGTH:
@@ -236,6 +240,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     plain = AutoModel(options.model, **settings)
     drafting = AutoModel(options.model, speculative_method="mtp", num_speculative_tokens=max(depths), **settings)
+    if options.moving:
+        before = CpuTimes.now()
+        phases, cost = run_moving(
+            plain.pipeline,
+            drafting.pipeline,
+            moving_phases(options.batches, options.temperature),
+            range(FIRST_TEXT_TOKEN, model.vocab_size - 64),
+            PROMPT_TOKENS,
+            options.new_tokens,
+        )
+        show(
+            MovingReport(
+                benchmark="speculation_moving",
+                environment=Environment.of_this_process(usable_cores()),
+                model=Path(options.model).name,
+                new_tokens=options.new_tokens,
+                cores_taken=cores_taken(before, CpuTimes.now()),
+                phases=phases,
+                cost=cost,
+            ),
+            options.json,
+        )
+        return
     chosen_depths[id(drafting.pipeline)] = drafting.pipeline.policy
     cases = [Case(batch, depth) for batch in options.batches for depth in (0, *depths, None)]
     rng = np.random.default_rng(0)
@@ -251,15 +278,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = Report(
         benchmark="speculation",
         environment=Environment.of_this_process(usable_cores()),
-        model=options.model,
+        model=Path(options.model).name,
         new_tokens=options.new_tokens,
         rounds=options.rounds,
         cores_taken=cores_taken(before, CpuTimes.now()),
         results=evaluate(cases, model, dtype),
     )
+    show(report, options.json)
+
+
+def show(report: Report | MovingReport, file: Path | None) -> None:
+    """Prints a report, and writes it to `file` if there is one."""
     print(report.text())
-    if options.json is not None:
-        write_json(options.json, report)
+    if file is not None:
+        write_json(file, report)
 
 
 if __name__ == "__main__":

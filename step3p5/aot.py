@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from step3p5.checkpoint_tensors import CheckpointDtype, checkpoint_tensors
+from step3p5.checkpoint_tensors import CheckpointDtype, checkpoint_tensors, mtp_tensors
 from step3p5.config_fields import ConfigError
 from step3p5.config_parser import parse_model_config
 from step3p5.random_checkpoint.shards import INDEX_NAME, index_json, plan_shards
@@ -44,7 +44,7 @@ def write_stand_in(source: Path, out: Path) -> None:
     for name in _COMPANIONS:
         if (source / name).is_file():
             shutil.copy(source / name, out)
-    shards = plan_shards(checkpoint_tensors(model), CheckpointDtype.BFLOAT16, SHARD_BYTES)
+    shards = plan_shards(checkpoint_tensors(model) | mtp_tensors(model), CheckpointDtype.BFLOAT16, SHARD_BYTES)
     (out / INDEX_NAME).write_text(json.dumps(index_json(shards)))
     for shard in shards:
         shard.create(out)

@@ -1,8 +1,8 @@
 """Puts this package's handlers of `/v1/completions` and `/v1/chat/completions` before MAX's own.
 
 MAX's API server mounts the routers of its table `ROUTES` in order, and the first that knows a path answers it. This
-module's router is added at the front. It checks a request, hands it to MAX's handler, once for each of `n` choices, and
-ends the answer before a stop string, where MAX leaves it and may go on.
+module's router is added at the front. It checks a request, hands it to MAX's handler, once for each of `n` choices,
+ends the answer before a stop string, where MAX leaves it and may go on, and keeps thoughts out of `content`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import JSONResponse
 from max.serve.api_server import ROUTES
 from max.serve.config import APIType
 from max.serve.router.openai_routes import openai_create_chat_completion, openai_create_completion
@@ -20,9 +21,10 @@ from max.serve.schemas.openai import CreateChatCompletionResponse, CreateComplet
 from sse_starlette.sse import EventSourceResponse
 from typing_extensions import override
 
-from .request_checks import MAX_SEED, Endpoint, RequestError, check_request
+from .request_checks import MAX_SEED, Endpoint, RequestError, check_request, with_field
 from .several_choices import gather_answers, streamed
 from .stop_strings import before_stop, ended_at_stop, without_stops
+from .thoughts import SAID, Said, keep_thought, taken_down
 from .tokenizer import Step3p5Tokenizer
 
 HANDLERS: Mapping[Endpoint, Callable[[Request], Awaitable[Any]]] = {
@@ -76,7 +78,7 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
     handler = HANDLERS[endpoint]
     if not isinstance(pipeline.tokenizer, Step3p5Tokenizer):
         return await handler(request)
-    vars(pipeline).setdefault("next_token_chunk", ended_at_stop(pipeline.next_token_chunk))
+    vars(pipeline).setdefault("next_token_chunk", taken_down(ended_at_stop(pipeline.next_token_chunk)))
     loras = pipeline.lora_queue.list_loras() if pipeline.lora_queue else []
     try:
         fields = check_request(await request.body(), endpoint, [pipeline.model_name, *loras])
@@ -89,11 +91,25 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
     own = [{"n": 1, "seed": _seed(seed, number)} for number in range(count)]
     requests = [RewrittenRequest(request, fields | one, number) for number, one in enumerate(own)]
     asking = [_ask(handler, one, stops) for one in requests]
-    return await (gather_answers(asking) if count > 1 else asking[0])
+    try:
+        answer = await (gather_answers(asking) if count > 1 else asking[0])
+    except HTTPException as error:
+        raise HTTPException(error.status_code, with_field(str(error.detail), fields)) from error
+    if isinstance(answer, JSONResponse):  # an error before the first token of a stream
+        content = json.loads(bytes(answer.body))
+        raise HTTPException(answer.status_code, with_field(content.get("error", content)["message"], fields))
+    return answer
 
 
 async def _ask(handler: Callable[[Request], Awaitable[Any]], request: Request, stops: Sequence[str]) -> Any:
-    answer = await handler(request)
+    said = Said()
+    before = SAID.set(said)
+    try:
+        answer = await handler(request)
+    finally:
+        SAID.reset(before)
+    if isinstance(answer, CreateChatCompletionResponse):
+        keep_thought(answer, said, stops)
     if stops and isinstance(answer, CreateCompletionResponse):
         for choice in answer.choices:
             choice.text = before_stop(choice.text, stops)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from step3p5.checkpoint_tensors import CheckpointDtype, TensorRole, checkpoint_tensors
+from step3p5.checkpoint_tensors import CheckpointDtype, TensorRole, checkpoint_tensors, mtp_layer_tensors
 from step3p5.layer_config import AttentionConfig, ModelConfig, MoEConfig
 
 EXPERT_ROLES = frozenset({TensorRole.EXPERT_GATE, TensorRole.EXPERT_UP, TensorRole.EXPERT_DOWN})
@@ -94,6 +94,32 @@ def forward_bytes(
     """Expected bytes that a forward pass must read: weights, embedding rows, keys and values."""
     weights = sum(weight_bytes(model, weight_dtype, forward.num_tokens).values())
     return weights + cache_bytes(model, cache_dtype, forward)
+
+
+def draft_bytes(model: ModelConfig, depth: int, weight_dtype: CheckpointDtype) -> int:
+    """Bytes that drafting `depth` tokens of every request must read: the weights of as many MTP layers.
+
+    A layer's cache is a few thousandths of its weights and is left out, and so are the embedding's rows.
+    """
+    layers = model.mtp_layers[:depth]
+    specs = [spec for layer in layers for spec in mtp_layer_tensors(model, layer).values()]
+    return sum(spec.num_bytes(weight_dtype) for spec in specs)
+
+
+def cycle_bytes(
+    model: ModelConfig,
+    batch_size: int,
+    depth: int,
+    context: int,
+    weight_dtype: CheckpointDtype,
+    cache_dtype: CheckpointDtype,
+) -> float:
+    """Expected bytes of a cycle of speculation: drafting `depth` tokens of each request and verifying them.
+
+    With depth 0 it is a plain decode step. `context` counts the tokens before the new ones.
+    """
+    verified = Forward(batch_size, 1 + depth, context + 1 + depth)
+    return forward_bytes(model, verified, weight_dtype, cache_dtype) + draft_bytes(model, depth, weight_dtype)
 
 
 def forward_flops(model: ModelConfig, forward: Forward) -> float:

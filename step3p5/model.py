@@ -28,6 +28,7 @@ from .batch_processor import Step3p5BatchProcessor
 from .model_config import Step3p5Config
 from .parallel_step3p5 import ParallelStep3p5
 from .step3p5 import Step3p5
+from .structured_output import restart_grammars_amid_prompts
 from .tokenizer import check_token_ids
 
 logger = logging.getLogger("max.pipelines")
@@ -151,6 +152,8 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
         for context in chain.from_iterable(replica_batches):
             if context.tokens.generated_length == 0:  # what was sampled needs no check
                 check_token_ids(context.tokens.active, vocab_size)
+        if not self.pipeline_config.runtime.enable_overlap_scheduler:
+            restart_grammars_amid_prompts(chain.from_iterable(replica_batches))
         inputs = super().prepare_initial_token_inputs(replica_batches, kv_cache_inputs, return_n_logits)
         assert isinstance(inputs, Step3p5Inputs)
         return inputs

@@ -73,6 +73,9 @@ RANGES = {
 }
 """What MAX's sampling takes: most of it refused without the field's name, or (`seed`) with status 500."""
 
+NO_GRAMMAR = "Grammar provided in request cannot be compiled."
+"""How MAX begins its errors about schemas."""
+
 NOT_SUPPORTED: Mapping[Endpoint, Mapping[str, Sequence[object]]] = {
     Endpoint.COMPLETION: {"best_of": (1,), "suffix": ("",), "logit_bias": ({},)},
     Endpoint.CHAT: {
@@ -116,7 +119,16 @@ def check_request(body: bytes, endpoint: Endpoint, models: Sequence[str]) -> dic
         _check_prompt(request)
     else:
         _check_tool_choice(request)
+        _check_response_format(request)
     return request
+
+
+def with_field(message: str, request: Mapping[str, Any]) -> str:
+    """MAX's error about a schema that makes no grammar, with the field that holds the schema; others as they are."""
+    if not message.startswith(NO_GRAMMAR):
+        return message
+    names = [name for name in ("response_format", "tools") if request.get(name)]
+    return f"{' or '.join(names)}: found a schema that cannot be enforced.{message.removeprefix(NO_GRAMMAR)}"
 
 
 def _read_object(body: bytes) -> dict[str, Any]:
@@ -163,6 +175,13 @@ def _check_tool_choice(request: Mapping[str, Any]) -> None:
     if isinstance(choice, dict) and _is_function(choice) and choice["function"].get("name") not in names:
         named = shown(choice["function"].get("name"))
         _fail("tool_choice.function.name", named, f"one of tools: {', '.join(map(str, names))}", "Correct the name.")
+
+
+def _check_response_format(request: Mapping[str, Any]) -> None:
+    answer = request.get("response_format")
+    if isinstance(answer, dict) and answer.get("type") == "json_schema" and not answer.get("json_schema"):
+        found = shown(answer.get("json_schema"))
+        _fail("response_format.json_schema", found, "an object with a schema", "Give the schema, or use json_object.")
 
 
 def _is_function(value: Mapping[str, Any]) -> bool:

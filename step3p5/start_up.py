@@ -18,7 +18,6 @@ CHANGED_MODULES = frozenset(
         "max.pipelines.lib.pipeline_args",
         "max.pipelines.lib._hf_config",
         "max.pipelines.lib.auto_model",
-        "max.serve.config",
     }
 )
 """Each has a function in `step3p5.hook.patches.PATCHES`."""

@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 from openai import AsyncOpenAI, OpenAI
@@ -24,29 +25,44 @@ SHUT_DOWN = 60
 LOCALHOST = "0100007F"
 """127.0.0.1 as /proc/net/tcp spells it."""
 
-MAX_LENGTH = 512
+MAX_LENGTH = 1024
 MAX_BATCH_SIZE = 64
 CHUNK = 128
 """Tokens that a step reads at most, so that a longer prompt is read in pieces."""
+
+LENGTHS = ("--max-length", str(MAX_LENGTH), "--max-batch-input-tokens", str(CHUNK))
+SIZES = ("--max-batch-size", str(MAX_BATCH_SIZE), *LENGTHS)
+LONG_FORM = ("--custom-architectures", f"{ROOT}:pipelines_registry", "--devices", "cpu", *SIZES)
+"""What serves a checkpoint with this package. Servers of the same sizes share one compiled model."""
 
 
 class Server:
     """One `max serve` process group on localhost; a context manager that waits until it answers, and ends it.
 
     Args:
-        checkpoint: What to serve, under its path as the name.
+        model: What to serve, as clients call it too.
         folder: Where the process runs and leaves its log.
-        options: Command-line options over the usual ones.
+        options: Command-line options beside model and port.
+        variables: Environment variables over the usual ones.
+
+    Attributes:
+        command: The command line.
+        log: The file with all that the process writes.
     """
 
-    def __init__(self, checkpoint: Path, folder: Path, options: Sequence[str] = ("--host", "127.0.0.1")) -> None:
-        self.model = str(checkpoint)
+    def __init__(
+        self,
+        model: Path | str,
+        folder: Path,
+        options: Sequence[str] = LONG_FORM,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.model = str(model)
         self.port, self.metrics_port = free_ports(2)
         self.address = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
-        self.command = [MAX, "serve", "--model", self.model, "--custom-architectures", f"{ROOT}:pipelines_registry"]
-        self.command += ["--devices", "cpu", "--max-length", str(MAX_LENGTH), "--max-batch-size", str(MAX_BATCH_SIZE)]
-        self.command += ["--max-batch-input-tokens", str(CHUNK), "--port", str(self.port), *options]
+        self.command = [MAX, "serve", "--model", self.model, "--port", str(self.port), *options]
+        self._variables = variables
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, cwd=folder, env=self.environment(), start_new_session=True
@@ -69,12 +85,20 @@ class Server:
         """What the process's environment is: no telemetry, metrics at a port of its own."""
         # Importing MAX changes the process's environment behind Python's back: hand children Python's view of it.
         own = {"MAX_SERVE_METRICS_ENDPOINT_PORT": str(self.metrics_port), "OTEL_SDK_DISABLED": "true"}
-        return {name: value for name, value in os.environ.items() if name != "MAX_SERVE_HOST"} | own
+        variables = {name: value for name, value in os.environ.items() if name != "MAX_SERVE_HOST"}
+        return variables | own | dict(self._variables)
 
     def stop(self) -> int:
-        """Asks the server to end, as a supervisor does, waits for it and returns its exit status."""
+        """Asks the server to end, as a supervisor does, waits for all of it and returns its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(SHUT_DOWN)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits for the server and its processes to end; returns its exit status."""
+        status = self.process.wait(SHUT_DOWN)
+        # Some end when they find the first one gone.
+        wait_for(lambda: not self.processes(), SHUT_DOWN, "every process of the server to end")
+        return status
 
     def processes(self) -> list[int]:
         """The live processes that belong to the server: all of its session."""

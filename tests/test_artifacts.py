@@ -13,6 +13,7 @@ from step3p5.aot import warm_cache_command, write_stand_in
 from step3p5.artifacts import RECORD_NAME, ArtifactError, check
 from step3p5.checkpoint_files import check_tensors, decoder_tensors, read_headers
 from step3p5.config_parser import parse_model_config
+from step3p5.speculation.depth import stored_layers
 
 SETTINGS: dict[str, Any] = {"--quantization-encoding": "bfloat16", "--devices (their number)": 1, "--ep-size": 1}
 
@@ -39,7 +40,9 @@ def test_a_stand_in_has_every_tensor_and_takes_no_space(tiny: Path, tmp_path: Pa
         shutil.copy(tiny / name, source)
     write_stand_in(source, out)
     model = parse_model_config(json.loads((out / "config.json").read_text()))
-    check_tensors(decoder_tensors(read_headers(sorted(out.glob("*.safetensors"))), model), model)
+    tensors = read_headers(sorted(out.glob("*.safetensors")))
+    check_tensors(decoder_tensors(tensors, model), model)
+    assert stored_layers(tensors, model, model.mtp_layers) == model.mtp_layers
     on_disk = sum(file.stat().st_blocks * 512 for file in out.glob("*.safetensors"))
     assert on_disk < sum(file.stat().st_size for file in out.glob("*.safetensors")) / 10
 

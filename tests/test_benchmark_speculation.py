@@ -9,7 +9,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import plot
+import report
 import speculation
+from speculation_moving import MovingReport, Phase, PhaseResult, moving_phases
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.config_parser import parse_model_config
@@ -45,6 +48,46 @@ def test_a_case_is_compared_with_the_plain_pipeline_round_by_round() -> None:
     assert result.acceptance == [1.0, 0.5]
     assert result.predicted_speedup == speculation.predicted_speedup(FLASH_6, 4, [1.0, 0.5], BF16)
     assert result.row()[0] == "4, 2"
+
+
+def environment() -> report.Environment:
+    return report.Environment("now", "python", "a CPU", 2, 1 << 30, "Linux", "3.11", {})
+
+
+def test_a_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [speculation.Case(batch, depth) for batch in (1, 8) for depth in (0, 1, 2, None)]
+    counts = Statistics(2)
+    counts.record_step([(2, 1), (2, 2)])
+    counts.record_times(0.030, 0.010)
+    for case in cases:
+        case.keep(10.0, counts if case.depth != 0 else None)
+    found = speculation.Report(
+        "speculation", environment(), "mid", 64, 1, 0.1, speculation.evaluate(cases, FLASH_6, BF16)
+    )
+    speculation.show(found, tmp_path / "run.json")
+    assert "other processes kept 0.1 cores busy" in capsys.readouterr().out
+    plot.draw(tmp_path / "run.json", tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_moving_run_goes_through_all_batches_at_both_acceptances_and_returns() -> None:
+    greedy = [Phase(batch, 0.0) for batch in (1, 4, 16)]
+    drawn = [Phase(batch, 1.5) for batch in (16, 4, 1)]
+    assert moving_phases((1, 4, 16), 1.5) == [*greedy, *drawn, greedy[0]]
+
+
+def test_a_moving_report_shows_costs_and_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    phases = [
+        PhaseResult(1, 0.0, 10.0, 20.0, -1.0, [0.9, 0.8], 2.5),
+        PhaseResult(8, 1.5, 50.0, 49.0, 0.02, [0.2, 0.1], 0.1),
+    ]
+    found = MovingReport("speculation_moving", environment(), "mid", 64, None, phases, -0.25)
+    speculation.show(found, tmp_path / "run.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[4] for line in lines[-4:-2]] == ["-100.0%", "+2.0%"]
+    assert lines[-1] == "whole run: -25.0%"
+    plot.draw(tmp_path / "run.json", tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_more_new_tokens_than_fit_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

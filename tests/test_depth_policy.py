@@ -13,6 +13,11 @@ from step3p5.speculation.state import RequestState
 DEPTH = 3
 
 
+def any_bytes(batch: int, depth: int) -> float:
+    """Bytes of a cycle that say nothing of the times below."""
+    return 1.0 + 0.1 * depth + 0.01 * batch
+
+
 class Machine:
     """Requests that draft under a policy, on a machine that takes the times it is given."""
 
@@ -55,7 +60,7 @@ class Machine:
 def test_the_depth_that_pays_is_used(rng: np.random.Generator, batch: int, acceptance: float, growth: float) -> None:
     """`growth`: what one more token a request adds to a forward, as a share of it."""
     verify = lambda _, depth: 1.0 + growth * depth  # noqa: E731
-    machine = Machine(AdaptiveDepth(DEPTH), rng, verify, lambda _: 0.1)
+    machine = Machine(AdaptiveDepth(DEPTH, any_bytes), rng, verify, lambda _: 0.1)
     machine.run(batch, acceptance, 300)
     reached = machine.run(batch, acceptance, 2048)
     best = max(
@@ -65,17 +70,46 @@ def test_the_depth_that_pays_is_used(rng: np.random.Generator, batch: int, accep
     assert reached > 0.95 * best
 
 
-def test_speculation_costs_at_most_three_percent_while_everything_changes(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    "cycle_bytes",
+    [lambda _, depth: 1.0, lambda _, depth: 1.0 + 2.0 * depth, lambda batch, depth: 1.1 + depth * min(batch, 8) / 8],
+    ids=["drafts for nothing", "drafts too dear", "true"],
+)
+def test_speculation_costs_at_most_three_percent_while_everything_changes(
+    rng: np.random.Generator, cycle_bytes: Callable[[int, int], float]
+) -> None:
     """From batch 1 to 128 and from acceptance 0.95 to 0.2, where verifying costs as much as decoding from 8 on."""
     verify = lambda batch, depth: 1.0 + depth * min(batch, 8) / 8  # noqa: E731
-    machine = Machine(AdaptiveDepth(DEPTH), rng, verify, lambda _: 0.1)
+    machine = Machine(AdaptiveDepth(DEPTH, cycle_bytes), rng, verify, lambda _: 0.1)
     for batch, acceptance in [(1, 0.95), (8, 0.7), (128, 0.95), (128, 0.2), (16, 0.2), (1, 0.2)]:
         assert machine.run(batch, acceptance, 2048) > 0.97 * batch
 
 
+def test_the_bytes_decide_before_anything_is_measured() -> None:
+    dear = AdaptiveDepth(DEPTH, lambda _, depth: 1.0 + 2.0 * depth)
+    cheap = AdaptiveDepth(DEPTH, lambda _, depth: 1.0)
+    one = AdaptiveDepth(DEPTH, lambda _, depth: [1.0, 1.0, 3.0, 9.0][depth])
+    for pure in (False, True):
+        assert [policy.plan(8, pure).depth for policy in (dear, cheap, one)] == [0, DEPTH, 1]
+
+
+def test_a_new_batch_size_is_judged_by_what_was_measured_of_others_and_by_the_bytes() -> None:
+    """Verification for nothing at batch 64; what does not pay by far is not tried at all."""
+    policy = AdaptiveDepth(DEPTH, lambda batch, depth: 1.0 + depth * (0.0 if batch > 32 else 3.0))
+    tried = {batch: set[int]() for batch in (1, 64)}
+    for batch, depths in tried.items():
+        for _ in range(12):
+            depth = policy.plan(batch, pure=True).depth
+            depths.add(depth)
+            policy.record_verification(batch, depth, 1.0 + depth * (0.0 if batch > 32 else 3.0))
+            policy.record_drafting(batch, depth, 0.01)
+    assert tried == {1: {0}, 64: {0, 2, 3}}
+    assert policy.plan(64, pure=True).depth == DEPTH
+
+
 def test_acceptance_that_comes_back_is_noticed(rng: np.random.Generator) -> None:
     verify = lambda _, depth: 1.0 + 0.02 * depth  # noqa: E731
-    machine = Machine(AdaptiveDepth(DEPTH), rng, verify, lambda _: 0.4)
+    machine = Machine(AdaptiveDepth(DEPTH, any_bytes), rng, verify, lambda _: 0.4)
     machine.run(64, 0.05, 600)
     assert machine.planned.depth == 0
     machine.run(64, 0.95, 1200)

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
-from server import LOCALHOST, listening_addresses
+from greedy import assert_equal_but_for_ties
+from reference import Reference
+from server import LOCALHOST, MAX, ROOT, START_UP, Server, listening_addresses
 
 from step3p5.config_fields import ConfigError
 from step3p5.enable import FILE_NAME, enable, main
 from step3p5.hook.short_name import PUBLISHED, VARIABLE, resolve
-
-ROOT = Path(__file__).resolve().parent.parent
-MAX = str(Path(sys.executable).parent / "max")
-START_UP = 600
-"""Seconds for a server to compile and start on a small machine."""
 
 
 @pytest.fixture(autouse=True)
@@ -211,55 +205,57 @@ def test_a_choice_of_another_model_is_refused(site: Path, elsewhere: Path, tmp_p
     )
 
 
-def test_a_server_of_this_package_keeps_to_localhost_unless_told_otherwise(site: Path, elsewhere: Path) -> None:
-    script = """
-import os, sys
-from max.serve.config import Settings
-
-def host(*arguments, **settings):
-    sys.argv = ["max", "serve", *arguments]
-    return Settings(**settings).host
-
-print(host("--model", "step3p5"), host("--model=step3p5"), host("--custom-architectures", "/x/y:pipelines_registry"))
-print(host("--model", "other"), host("--model", "step3p5", MAX_SERVE_HOST="0.0.0.0"))
-os.environ["MAX_SERVE_HOST"] = "10.0.0.1"
-print(host("--model", "step3p5"))
-"""
-    done = run([sys.executable, "-c", script], elsewhere, enabled(site))
-    assert done.stdout.split() == ["127.0.0.1"] * 3 + ["0.0.0.0"] * 2 + ["10.0.0.1"], done.stderr
-
-
-def test_max_serve_model_step3p5(site: Path, elsewhere: Path, tiny: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [MAX, "serve", "--model", "step3p5", "--port", str(port)]
-    with (elsewhere / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=elsewhere, env=enabled(site, tiny))
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_UP
-        while not answers(f"{address}/health"):
-            assert process.poll() is None, (elsewhere / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        ask = {"model": "step3p5", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-        request = urllib.request.Request(
-            f"{address}/v1/chat/completions", json.dumps(ask).encode(), headers={"Content-Type": "application/json"}
+def test_max_serve_model_step3p5(site: Path, elsewhere: Path, steady: Path) -> None:
+    with Server("step3p5", elsewhere, options=(), variables=enabled(site, steady)) as server:
+        assert listening_addresses(server.port) == {LOCALHOST}
+        answer: Any = server.client().chat.completions.create(
+            model="step3p5",
+            messages=[{"role": "user", "content": "Hello"}],
+            max_tokens=4,
+            temperature=0,
+            extra_body={"ignore_eos": True},
         )
-        with urllib.request.urlopen(request, timeout=120) as response:
-            answer = json.load(response)
-        assert answer["model"] == "step3p5"
-        assert listening_addresses(port) == {LOCALHOST}
-        assert 0 < answer["usage"]["completion_tokens"] <= 4
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        assert (answer.model, answer.usage.completion_tokens) == ("step3p5", 4)
+        assert answer.choices[
+            0
+        ].message.reasoning_content  # the parser is in use, and knows that the template opens a thought
 
 
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except OSError:
-        return False
+def test_max_generate_model_step3p5(site: Path, elsewhere: Path, steady: Path) -> None:
+    command = [MAX, "generate", "--model", "step3p5", "--prompt", "Hello", "--max-new-tokens", "4", "--ignore-eos"]
+    done = run(command, elsewhere, enabled(site, steady))
+    assert done.returncode == 0, done.stderr
+    assert "Output size: 4" in done.stdout
+
+
+PYTHON = """
+import json
+
+from max._entrypoints.llm import LLM
+from max.pipelines.lib import PipelineArgs
+from max.pipelines.lib.auto_model import AutoModel, AutoTokenizer
+
+if __name__ == "__main__":
+    prompt = AutoTokenizer("step3p5")(["Hello"])
+    result = AutoModel("step3p5").generate(**prompt, max_new_tokens=4, temperature=0, ignore_eos=True)
+    llm = LLM(PipelineArgs.from_flat_kwargs(model_path="step3p5"))
+    texts = llm.generate(["Hello", "Hi"], max_new_tokens=4, use_tqdm=False)
+    del llm
+    sequences = [[int(token) for token in tokens] for tokens in (prompt["input_ids"][0], result.sequences[0])]
+    print(json.dumps([*sequences, texts]))
+"""
+
+
+def test_auto_model_and_llm_generate(site: Path, elsewhere: Path, steady: Path, steady_reference: Reference) -> None:
+    script = elsewhere / "script.py"
+    script.write_text(PYTHON)
+    variables = enabled(site, steady) | {"OTEL_SDK_DISABLED": "true"}
+    done = run([sys.executable, str(script)], elsewhere, variables)
+    assert done.returncode == 0, done.stderr
+    prompt, sequence, texts = json.loads(done.stdout.splitlines()[-1])
+    assert sequence[: len(prompt)] == prompt
+    want: list[int] = []
+    for _ in range(4):
+        want.append(int(steady_reference.logits([*prompt, *want])[-1].argmax()))
+    assert_equal_but_for_ties(steady_reference, prompt, sequence[len(prompt) :], want)
+    assert [type(text) for text in texts] == [str, str]

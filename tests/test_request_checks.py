@@ -10,7 +10,7 @@ from max.pipelines.context.exceptions import InputError
 from tokenizers import AddedToken, normalizers
 
 from step3p5.random_checkpoint.tokenizer import build_tokenizer
-from step3p5.request_checks import NOT_SUPPORTED, RANGES, Endpoint, RequestError, check_request
+from step3p5.request_checks import NO_GRAMMAR, NOT_SUPPORTED, RANGES, Endpoint, RequestError, check_request, with_field
 from step3p5.tokenizer import check_text_length, most_bytes_of_a_token
 
 MODELS = ["step3p5", "other"]
@@ -72,6 +72,24 @@ def test_a_tool_is_chosen_among_those_given() -> None:
         check(Endpoint.CHAT, tools=tools, tool_choice={"type": "function", "function": {"name": "divide"}})
     with pytest.raises(RequestError, match="without tools"):
         check(Endpoint.CHAT, tools=[], tool_choice="required")
+
+
+def test_a_schema_that_makes_no_grammar_is_named_by_its_field() -> None:
+    message = f"{NO_GRAMMAR} From xgrammar: no"
+    expected = "response_format: found a schema that cannot be enforced. From xgrammar: no"
+    assert with_field(message, {"response_format": {"type": "json_schema"}, "tools": None}) == expected
+    assert with_field(message, {"response_format": {}, "tools": [{}]}).startswith("tools: found")
+    assert with_field(message, {"response_format": {"a": 1}, "tools": [{}]}).startswith("response_format or tools: ")
+    assert with_field("something else", {"tools": [{}]}) == "something else"
+
+
+def test_a_response_format_of_a_schema_has_one() -> None:
+    check(Endpoint.CHAT, response_format={"type": "json_schema", "json_schema": {"schema": {}}})
+    check(Endpoint.CHAT, response_format={"type": "json_object"})
+    nothing: list[Any] = [None, {}]
+    for found in nothing:
+        with pytest.raises(RequestError, match=r"^response_format\.json_schema: found "):
+            check(Endpoint.CHAT, response_format={"type": "json_schema", "json_schema": found})
 
 
 def test_a_text_that_fits_in_no_way_is_refused_and_one_that_might_is_not() -> None:

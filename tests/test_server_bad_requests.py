@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from itertools import islice
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -16,7 +16,13 @@ from server import MAX_LENGTH, Server
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 TOOL = {"type": "function", "function": {"name": "look_up"}}
+BAD_TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "poem"}}}
 TEXT_OF_10_MB = "ten million characters, or so ".ljust(40) * 250_000
+
+
+def schema_of(schema: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
 
 BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETION, {"prompt": []}, "prompt: found an empty list"),
@@ -61,6 +67,11 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"logit_bias": {"5": 100}}, "logit_bias: found {'5': 100}"),
     (CHAT, {"response_format": {"type": "poem"}}, "response_format"),
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}, "response_format"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema: found"),
+    (CHAT, {"response_format": schema_of({"type": "poem"})}, "response_format: found a schema that cannot be enforced"),
+    (CHAT, {"response_format": schema_of({"pattern": "("}), "stream": True}, "response_format: found a schema"),
+    (CHAT, {"response_format": schema_of({"$ref": "#/nowhere"}), "n": 2}, "response_format: found a schema"),
+    (CHAT, {"tools": [BAD_TOOL], "tool_choice": "required"}, "tools: found a schema that cannot be enforced"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tool function name: 'no spaces'"),
     (CHAT, {"tool_choice": "required"}, "tool_choice: found 'required' (str) without tools"),
     (
@@ -107,7 +118,7 @@ def test_a_bad_request_is_answered_with_the_name_of_its_field(server: Server) ->
             answer = client.post(path, content=content)
             assert answer.status_code == 400, (says, answer.status_code, answer.text)
             error = answer.json()["error"]
-            assert says in error["message"]
+            assert says in error["message"], (says, error)
             assert error["type"] == "invalid_request_error"
 
 
@@ -119,22 +130,28 @@ def test_the_openai_client_sees_an_unknown_model_as_not_found(server: Server) ->
 def test_bad_requests_disturb_no_other_client(server: Server) -> None:
     options: dict[str, Any] = {"model": server.model, "prompt": "Once upon a time", "max_tokens": 80}
     options |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    alone = server.client().completions.create(**options).choices[0].text
+    texts, statuses = list[str](), set[int]()
 
-    async def run() -> tuple[str, str, set[int]]:
-        statuses = set()
+    async def run() -> None:
         async with server.async_client() as client, httpx.AsyncClient(base_url=server.address, timeout=120) as other:
-            alone = (await client.completions.create(**options)).choices[0].text
-            text = ""
-            requests = iter(bad_requests(server))
-            async for chunk in await client.completions.create(stream=True, **options):
-                text += chunk.choices[0].text
-                for path, content, _ in islice(requests, 2):
-                    statuses.add((await other.post(path, content=content)).status_code)
-            assert next(requests, None) is None, "the stream ended before the last bad request"
-        return alone, text, statuses
 
-    alone, text, statuses = asyncio.run(run())
-    assert text == alone
+            async def stream() -> None:
+                while True:
+                    chunks = [chunk async for chunk in await client.completions.create(stream=True, **options)]
+                    texts.append("".join(chunk.choices[0].text for chunk in chunks))
+
+            streaming = asyncio.create_task(stream())
+            for path, content, _ in bad_requests(server):
+                statuses.add((await other.post(path, content=content)).status_code)
+            while not texts and not streaming.done():
+                await asyncio.sleep(0.1)
+            streaming.cancel()
+            with suppress(asyncio.CancelledError):
+                await streaming
+
+    asyncio.run(run())
+    assert set(texts) == {alone}
     assert statuses == {400}
 
 

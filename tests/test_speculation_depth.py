@@ -40,10 +40,13 @@ def model(config: dict[str, Any]) -> ModelConfig:
     ("asked", "depth"), [({}, 3), ({"num_speculative_tokens": 2}, 2), ({"num_speculative_tokens": 9}, 3)]
 )
 def test_the_flag_is_bounded_by_the_checkpoints_layers(
-    config: dict[str, Any], asked: dict[str, int], depth: int
+    config: dict[str, Any], asked: dict[str, int], depth: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     speculative = SpeculativeConfig(speculative_method="mtp", **asked)
-    assert requested_depth(speculative, Step3p5PretrainedConfig(**config)) == depth
+    with caplog.at_level(logging.WARNING, "max.pipelines"):
+        assert requested_depth(speculative, Step3p5PretrainedConfig(**config)) == depth
+    message = "found 9, but config.json names 3 MTP layers (num_nextn_predict_layers). Drafting 3 deep."
+    assert (message in caplog.text) == (asked.get("num_speculative_tokens") == 9)
 
 
 @pytest.mark.parametrize(

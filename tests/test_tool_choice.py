@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from harness import edit_head
-
-ROOT = Path(__file__).resolve().parent.parent
-START_UP = 600
-"""Seconds for a server to compile and start on a small machine."""
+from server import Server
 
 THINKING_OFF = {"chat_template_kwargs": {"enable_thinking": False}}
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -76,41 +67,15 @@ def talker(steady: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server on `talker`, with no flag about parsers."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "max"), "serve", "--model", str(talker), "--devices", "cpu"]
-    command += ["--custom-architectures", f"{ROOT}:pipelines_registry", "--max-length", "1024"]
-    command += ["--max-batch-size", "3", "--port", str(port)]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=dict(os.environ))
-    found = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_UP
-        while not is_healthy(found):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.5)
-        yield found
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-
-
-def is_healthy(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
+    with Server(talker, tmp_path_factory.mktemp("server")) as running:
+        yield running.address
 
 
 def chat(address: str, **options: Any) -> Any:
     """The only choice of a response, streamed ones put together."""
     with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:
         model = json.load(response)["data"][0]["id"]
-    body = {"model": model, "messages": MESSAGES, "max_tokens": 400, **options}
+    body = {"model": model, "messages": MESSAGES, "max_tokens": 300, **options}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=120) as response:
@@ -227,13 +192,3 @@ def test_a_response_format_and_tools_leave_the_choice(address: str) -> None:
             assert {name for name, _ in calls_of(choice)} <= {"weather", "now"}
         else:
             assert json.loads(choice["message"]["content"])["unit"] in ("C", "F")
-
-
-def test_a_call_and_its_result_continue_the_conversation(address: str) -> None:
-    call = chat(address, tool_choice=NAMED, seed=1, **TOOLS, **THINKING_OFF)["message"]["tool_calls"][0]
-    turns = [
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": call["id"], "content": "rain"},
-    ]
-    choice = chat(address, messages=[*MESSAGES, *turns], max_tokens=8, seed=1, **TOOLS, **THINKING_OFF)
-    assert choice["finish_reason"] in ("length", "stop")

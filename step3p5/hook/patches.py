@@ -7,7 +7,6 @@ transformers is imported here but by the wrappers, once MAX itself has been.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import PurePath
@@ -20,8 +19,6 @@ ASKED_FOR: set[str] = set()
 """The checkpoints that this process was told to run with this package, by the short name or the flag."""
 
 logger = logging.getLogger("max.pipelines")
-
-LOCALHOST = "127.0.0.1"
 
 REGISTRY = "pipelines_registry"
 """The module that `--custom-architectures` names for this package."""
@@ -92,28 +89,10 @@ def patch_hf_config(module: ModuleType) -> None:
     module.load_huggingface_config = load_or_explain  # type: ignore[attr-defined]
 
 
-def patch_serve_settings(module: ModuleType) -> None:
-    """`Settings`: a server started for this package listens on localhost alone, where MAX would on all addresses.
-
-    `--host`, `MAX_SERVE_HOST` and a `.env` file have their way, and servers of other models are as they were.
-    """
-    settings = module.Settings
-    init = settings.__init__
-
-    @wraps(init)
-    def keep_to_localhost(self: Any, **data: Any) -> None:
-        init(self, **data)
-        if "host" not in self.model_fields_set and any(map(_asks_for_this_package, sys.argv)):
-            self.host = LOCALHOST
-
-    settings.__init__ = keep_to_localhost
-
-
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "max.pipelines.lib.pipeline_args": patch_pipeline_args,
     "max.pipelines.lib.auto_model": patch_auto_model,
     "max.pipelines.lib._hf_config": patch_hf_config,
-    "max.serve.config": patch_serve_settings,
 }
 
 
@@ -150,9 +129,3 @@ def _import_architectures(specs: Sequence[str]) -> None:
 
 def _names_this_package(spec: str) -> bool:
     return PurePath(spec.rpartition(":")[2]).name == REGISTRY
-
-
-def _asks_for_this_package(argument: str) -> bool:
-    """Whether an argument of the command line is, or ends with, the short name or this package's registry."""
-    value = argument.rpartition("=")[2]
-    return value == SHORT_NAME or _names_this_package(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..checkpoint_tensors import mtp_layer_tensors
 from ..config_fields import ConfigError
 from ..layer_config import LayerConfig, ModelConfig
 from ..pretrained_config import as_step3p5_config
+
+logger = logging.getLogger("max.pipelines")
 
 UNSUPPORTED: Mapping[str, Callable[[SpeculativeConfig], object]] = {
     "use-relaxed-acceptance-for-thinking": lambda config: config.use_relaxed_acceptance_for_thinking or None,
@@ -39,6 +42,14 @@ def requested_depth(speculative: SpeculativeConfig, huggingface_config: PreTrain
     asked = speculative.num_speculative_tokens
     if asked is None or "num_speculative_tokens" not in speculative.model_fields_set:
         return layers
+    if layers and asked > layers:  # without any, the model says so once it knows its tensors
+        logger.warning(
+            "--num-speculative-tokens: found %d, but config.json names %d MTP layers (num_nextn_predict_layers). "
+            "Drafting %d deep.",
+            asked,
+            layers,
+            layers,
+        )
     return min(asked, layers)
 
 

@@ -18,6 +18,8 @@ from max.pipelines.context import TextContext
 from max.pipelines.lib.graph_specs import GraphRole, GraphSpec
 from typing_extensions import override
 
+from ..byte_account import cycle_bytes
+from ..checkpoint_tensors import CheckpointDtype
 from ..config_fields import ConfigError
 from ..model import Step3p5Model
 from ..model_config import Step3p5Config
@@ -26,12 +28,17 @@ from ..precision import activation_dtype
 from ..step3p5 import index_within_cache
 from ..tokenizer import check_token_ids
 from .graphs import RowSelection, VerifyingStep3p5
+from .host_rows import rows_from_host, rows_to_host
 from .rows import DraftRows
 
 logger = logging.getLogger("max.pipelines")
 
 SELECTION = "mtp_rows"
 """Role of the graph that selects the drafts' rows."""
+
+
+TYPICAL_CONTEXT = 1024
+"""Tokens of a request that the byte account assumes; where contexts are longer, measured times tell."""
 
 
 def depth_role(depth: int) -> str:
@@ -62,6 +69,13 @@ class SpeculativeStep3p5Model(Step3p5Model):
         config = self.arch_config_as(Step3p5Config)
         windows = [layer.attention.sliding_window or self.max_seq_len for layer in config.drafting_layers]
         return min(sum(windows), self.max_seq_len)
+
+    def cycle_bytes(self, batch_size: int, depth: int) -> float:
+        """Bytes that drafting `depth` tokens of each of `batch_size` requests and verifying them reads."""
+        config = self.arch_config_as(Step3p5Config)
+        weights = CheckpointDtype(config.dtype.name)
+        cache = CheckpointDtype(activation_dtype(config.dtype, config.devices[0]).name)
+        return cycle_bytes(config.model, batch_size, depth, TYPICAL_CONTEXT, weights, cache)
 
     @override
     def load_graphs(self, session: InferenceSession) -> dict[str, Model]:
@@ -168,7 +182,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         Args:
             plan: The rows to read.
             hidden: The target's hidden states of this step.
-            kept: Hidden states kept from earlier steps, `[kept, hidden_size]`.
+            kept: Hidden states kept from earlier steps, `[kept, hidden_size]`, as `rows_to_host` gives them.
             kv_cache_inputs: The cache as given to `verify`.
             drafting: The drafting requests' places in the batch that was verified.
 
@@ -177,18 +191,20 @@ class SpeculativeStep3p5Model(Step3p5Model):
         """
         assert self._selection is not None
         config = self.arch_config_as(Step3p5Config)
+        kept_on_device = rows_from_host(kept, hidden.dtype, self.devices[0])
         previous, keep = self._selection.execute(
-            hidden, self._on_device(kept), self._on_device(plan.rows), self._on_device(plan.keep)
+            hidden, kept_on_device, self._on_device(plan.rows), self._on_device(plan.keep)
         )
         if not drafting:
-            return np.empty((0, 0), dtype=np.int64), keep.to_numpy()
+            return np.empty((0, 0), dtype=np.int64), rows_to_host(keep)
         tokens, following = self._on_device(plan.tokens), self._on_device(plan.following)
         row_offsets = self._on_device(plan.input_row_offsets)
         cache_layers = index_within_cache((*config.model.layers, *config.drafting_layers))[len(config.model.layers) :]
+        kinds = {str(layer.attention.kind) for layer in config.drafting_layers[: len(plan.known)]}
+        caches = {kind: self._draft_cache(kind, kv_cache_inputs[kind][0], plan, drafting) for kind in kinds}
         drafted = []
         for depth, known in enumerate(plan.known):
             layer = config.drafting_layers[depth]
-            cache = self._draft_cache(kv_cache_inputs[str(layer.attention.kind)][0], plan, drafting)
             previous, tokens, chosen, _ = self.drafts[depth].execute(
                 previous,
                 tokens,
@@ -197,19 +213,28 @@ class SpeculativeStep3p5Model(Step3p5Model):
                 row_offsets,
                 Buffer.from_numpy(np.array(cache_layers[depth], dtype=np.uint32)),
                 Buffer.from_numpy(np.array(swiglu_limit(layer), dtype=np.float32)),
-                *tree.leaves(cache),
+                *tree.leaves(caches[str(layer.attention.kind)]),
             )
             drafted.append(chosen)
-        return np.stack([chosen.to_numpy() for chosen in drafted], axis=1), keep.to_numpy()
+        return np.stack([chosen.to_numpy() for chosen in drafted], axis=1), rows_to_host(keep)
 
     def _draft_cache(
-        self, cache: KVCacheInputsPerDevice[Buffer, Buffer], plan: DraftRows, drafting: Sequence[int]
+        self, kind: str, cache: KVCacheInputsPerDevice[Buffer, Buffer], plan: DraftRows, drafting: Sequence[int]
     ) -> KVCacheInputsPerDevice[Buffer, Buffer]:
+        """The cache of `kind` as the depths see it: of the drafting requests, at the positions that they read."""
+        pages, metadata = cache.lookup_table, cache.attention_dispatch_metadata
+        if len(drafting) < pages.shape[0]:
+            pages = self._on_device(pages.to_numpy()[list(drafting)])
+        if metadata is not None:
+            params = self.arch_config_as(Step3p5Config).kv_params.child(kind, KVCacheParams)
+            key = params.resolve_attn_key(len(drafting), plan.max_prompt_length, plan.max_length)
+            metadata = key.pack_into_buffer(self.devices[0], plan.max_length)
         return dataclasses.replace(
             cache,
-            lookup_table=self._on_device(cache.lookup_table.to_numpy()[list(drafting)]),
+            lookup_table=pages,
             cache_lengths=self._on_device(plan.cache_lengths),
             max_prompt_length=Buffer.from_numpy(np.array([plan.max_prompt_length], dtype=np.uint32)),
+            attention_dispatch_metadata=metadata,
         )
 
     def _on_device(self, array: npt.NDArray[Any]) -> Buffer:

@@ -19,6 +19,7 @@ from max.support.algorithm import flatten2d
 from typing_extensions import override
 
 from .acceptance import can_verify_drafts, commit, contexts_ahead, num_accepted
+from .host_rows import host_dtype
 from .model import SpeculativeStep3p5Model
 from .policy import AdaptiveDepth, DraftPlan, FixedDepth
 from .rows import Advance, draft_rows
@@ -43,10 +44,9 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         self.statistics = Statistics(self._pipeline_model.depth)
         speculative = self._pipeline_config.speculative
         schedule = speculative.verify_width_schedule if speculative is not None else None
+        model = self._pipeline_model
         self.policy: FixedDepth | AdaptiveDepth = (
-            AdaptiveDepth(self._pipeline_model.depth)
-            if schedule is None
-            else FixedDepth(schedule, self._pipeline_model.depth)
+            AdaptiveDepth(model.depth, model.cycle_bytes) if schedule is None else FixedDepth(schedule, model.depth)
         )
 
     def batch_spec_decode_metrics(self) -> _SpeculativeDecodingMetrics | None:
@@ -142,7 +142,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             tokens = drawn[next_draw : next_draw + len(own) + 1]
             next_draw += len(tokens)
             if context.tokens.actively_chunked:
-                context.update(tokens[0])  # moves on to the next chunk; nothing is appended
+                context.advance_token_buffer(tokens[0])  # moves on to the next chunk; nothing is appended
             else:
                 accepted = num_accepted(own, tokens)
                 commit(context, tokens[: accepted + 1])
@@ -190,7 +190,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             )
         rows = draft_rows(advances, int(hidden.shape[0]), plan.depth)
         pieces = [p for i, a in zip(running, advances, strict=True) for p in states[i].rows_from(a.start - a.kept)]
-        kept = concatenated(pieces, int(hidden.shape[1]), hidden.dtype.to_numpy())
+        kept = concatenated(pieces, int(hidden.shape[1]), host_dtype(hidden.dtype))
         drafted, new_rows = model.draft(rows, hidden, kept, kv_cache_inputs, drafting)
         splits = np.split(new_rows, np.cumsum(rows.keep_counts)[:-1])
         own_drafts = dict(zip(drafting, drafted.tolist(), strict=True))

@@ -2,16 +2,18 @@
 
 A cycle drafts `d` tokens of each request and verifies them. With a conditional acceptance `a_k` at depth `k` it gives a
 request `1 + a_0 + a_0 a_1 + …` tokens. The depth whose tokens come fastest is chosen, for the batch at hand; 0 is plain
-decoding. What is not in use is tried now and then, so that a change of the requests or of the machine is noticed: each
-depth for a few cycles to learn its time, and where nothing is drafted, a few requests for a while to learn their
-acceptance.
+decoding. For a batch size that is new, costs are those that the bytes to read foretell, in proportion to what has been
+measured; plain decoding and every depth that may pay by them are then measured. What is not in use is tried now and
+then, so that a change of the requests or of the machine is noticed: each depth for a few cycles to learn its time, and
+where nothing is drafted, a few requests for a while to learn their acceptance.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 PROBE_PERIOD = 512
@@ -30,7 +32,10 @@ SAMPLES = 5
 """Measurements of a time of which the median counts."""
 
 FIRST_SAMPLES = 2
-"""How often each depth is measured before one is chosen."""
+"""How often a depth is measured at first."""
+
+DOUBT = 1.3
+"""A depth that by the bytes is slower than the best by more than this is not measured before the next trial."""
 
 ACCEPTANCE_WINDOW = 256.0
 """About so many of a depth's last drafts make its acceptance."""
@@ -90,10 +95,16 @@ class FixedDepth:
 
 
 class AdaptiveDepth:
-    """The depth that pays, from 0 to `max_depth`; batches are told apart by powers of two."""
+    """The depth that pays, from 0 to `max_depth`; batches are told apart by powers of two.
 
-    def __init__(self, max_depth: int) -> None:
+    Args:
+        max_depth: The most that can be drafted.
+        cycle_bytes: What a cycle reads by batch size and depth, in any unit: the prior of its time.
+    """
+
+    def __init__(self, max_depth: int, cycle_bytes: Callable[[int, int], float]) -> None:
         self._max_depth = max_depth
+        self._cycle_bytes = functools.cache(lambda bucket, depth: cycle_bytes(_typical_batch(bucket), depth))
         self._accepted = [PRIOR_ACCEPTANCE * PRIOR_WEIGHT] * max_depth
         self._verified = [PRIOR_WEIGHT] * max_depth
         self._verify_seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
@@ -134,14 +145,13 @@ class AdaptiveDepth:
                 its time says nothing.
         """
         if not pure:
-            known = self._best(_bucket(max(batch, self._running)))
-            return DraftPlan(self._max_depth if known is None else known, batch)
+            return DraftPlan(self._best(_bucket(max(batch, self._running))), batch)
         self._running = batch
         self._cycle += 1
         bucket = _bucket(batch)
         best = self._best(bucket)
-        if best is None:
-            return DraftPlan(next(d for d in range(self._max_depth, -1, -1) if not self._measured(bucket, d)), batch)
+        if (unmeasured := self._to_measure(bucket, best)) is not None:
+            return DraftPlan(unmeasured, batch)
         if self._cycle >= self._next_probe + PROBE_CYCLES + self._max_depth:
             self._next_probe = self._cycle + self._probe_period(bucket, best, batch)
         phase = self._cycle - self._next_probe
@@ -179,19 +189,32 @@ class AdaptiveDepth:
         self._accepted[index] *= share
         self._verified[index] *= share
 
-    def _best(self, bucket: int) -> int | None:
-        """The depth whose tokens come fastest; `None` before each was measured."""
-        depths = range(self._max_depth + 1)
-        if not all(self._measured(bucket, depth) for depth in depths):
-            return None
-        acceptance = self.acceptance
-        rates = [tokens_per_cycle(acceptance[:depth]) / self._cycle_seconds(bucket, depth) for depth in depths]
-        best = max(depths, key=rates.__getitem__)
+    def _best(self, bucket: int) -> int:
+        """The depth whose tokens come fastest, by what was measured and, where nothing was, by the bytes."""
+        rates = self._rates(bucket)
+        best = max(range(self._max_depth + 1), key=rates.__getitem__)
         current = self._chosen.get(bucket, best)
         if rates[best] > rates[current] * SWITCH_GAIN:
             current = best
         self._chosen[bucket] = current
         return current
+
+    def _to_measure(self, bucket: int, best: int) -> int | None:
+        """The next depth to measure of a new batch size; `None` once the best is known well enough.
+
+        First the best by the bytes, then plain decoding, which no depth may lose to, then what might be better.
+        """
+        rates = self._rates(bucket)
+        doubtful = [depth for depth in range(self._max_depth, 0, -1) if rates[depth] * DOUBT > rates[best]]
+        return next((depth for depth in (best, 0, *doubtful) if not self._measured(bucket, depth)), None)
+
+    def _rates(self, bucket: int) -> list[float]:
+        """Tokens a second at each depth, but for a common factor as long as nothing was measured."""
+        acceptance = self.acceptance
+        return [
+            tokens_per_cycle(acceptance[:depth]) / self._cycle_seconds(bucket, depth)
+            for depth in range(self._max_depth + 1)
+        ]
 
     def _measured(self, bucket: int, depth: int) -> bool:
         counts = [len(self._verify_seconds[bucket, depth])]
@@ -200,6 +223,16 @@ class AdaptiveDepth:
         return min(counts) >= FIRST_SAMPLES
 
     def _cycle_seconds(self, bucket: int, depth: int) -> float:
+        """A cycle's time: measured, or as the bytes foretell from the likest cycle that was."""
+        if self._measured(bucket, depth):
+            return self._measured_seconds(bucket, depth)
+        measured = [key for key in self._verify_seconds if self._measured(*key)]
+        if not measured:
+            return self._cycle_bytes(bucket, depth)
+        likest = min(measured, key=lambda key: (abs(key[0] - bucket), abs(key[1] - depth)))
+        return self._measured_seconds(*likest) * self._cycle_bytes(bucket, depth) / self._cycle_bytes(*likest)
+
+    def _measured_seconds(self, bucket: int, depth: int) -> float:
         seconds = statistics.median(self._verify_seconds[bucket, depth])
         return seconds + statistics.median(self._draft_seconds[bucket, depth]) if depth else seconds
 
@@ -211,3 +244,8 @@ def _probed(best: int, batch: int) -> int:
 
 def _bucket(batch: int) -> int:
     return batch.bit_length()
+
+
+def _typical_batch(bucket: int) -> int:
+    """A batch size in the middle of those of `bucket`."""
+    return int(0.75 * (1 << bucket))

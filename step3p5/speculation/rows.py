@@ -60,6 +60,11 @@ class DraftRows:
         """The most rows of one request."""
         return int(np.diff(self.input_row_offsets).max(initial=0))
 
+    @property
+    def max_length(self) -> int:
+        """The most positions that one request's queries see."""
+        return int((self.cache_lengths + np.diff(self.input_row_offsets)).max(initial=0))
+
 
 def draft_rows(advances: Sequence[Advance], num_hidden_rows: int, depth: int) -> DraftRows:
     """Plans a pass of `depth` depths after a step.

@@ -19,6 +19,8 @@ class Statistics:
         """How often a draft of each depth was verified and the ones before it were accepted."""
         self.accepted = [0] * depth
         """How often a draft of each depth was accepted."""
+        self.drafts = 0
+        """Drafts that were verified, whether the ones before them were accepted or not."""
         self.steps = 0
         """Forward passes of the target."""
         self.verify_seconds = 0.0
@@ -28,6 +30,7 @@ class Statistics:
 
     def record_step(self, requests: Sequence[tuple[int, int]]) -> _SpeculativeDecodingMetrics:
         """Counts one step's requests that had drafts, each as (drafts verified, drafts accepted)."""
+        self.drafts += sum(verified for verified, _ in requests)
         depth = max((verified for verified, _ in requests), default=0)
         accepted_now = [sum(accepted > index for _, accepted in requests) for index in range(depth)]
         for index in range(depth):

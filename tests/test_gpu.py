@@ -1,0 +1,124 @@
+"""What only a GPU can show: its kernels against numpy in float64, and captured graphs against eager execution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from expert_layer import LIMIT, Array, Layer, Operands
+from max.driver import CPU, Accelerator, Buffer, accelerator_count
+from max.dtype import DType
+from max.engine import InferenceSession, Model
+from max.graph import DeviceRef, Graph, TensorType, ops
+from max.pipelines.lib.auto_model import AutoModel
+
+from step3p5 import kernels
+from step3p5.checkpoint_tensors import CheckpointDtype
+from step3p5.random_checkpoint.writer import write_random_checkpoint
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(accelerator_count() == 0, reason="not run: no GPU")]
+
+CROSSOVERS = (1, 2, 7, 8, 9, 63, 64, 65, 127, 255, 300, 1000)
+"""Tokens on each side of every choice between paths."""
+
+NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 32, 8, 512, 256
+TOLERANCE = 2.0**-7
+"""A bfloat16 rounding of the result and one of the activations, as a share of the largest value."""
+
+
+@pytest.fixture(scope="module")
+def experts() -> Model:
+    """The experts and dense layers in bfloat16, in the order of `Layer.expected`."""
+    gpu = DeviceRef.GPU()
+    types = [
+        TensorType(DType.bfloat16, ("T", HIDDEN), gpu),
+        *(TensorType(DType.bfloat16, (NUM_EXPERTS, WIDTH, HIDDEN), gpu) for _ in range(2)),
+        TensorType(DType.bfloat16, (NUM_EXPERTS, HIDDEN, WIDTH), gpu),
+        TensorType(DType.int32, ("TK",), gpu),
+        TensorType(DType.int32, (NUM_EXPERTS + 1,), gpu),
+        TensorType(DType.float32, ("T", TOP_K), gpu),
+    ]
+    with Graph("gpu_experts", input_types=types) as graph:
+        x, gate, up, down, rows, offsets, weights = (value.tensor for value in graph.inputs)
+        none, limit = (ops.constant(value, DType.float32, device=DeviceRef.CPU()) for value in (np.inf, LIMIT))
+        act = kernels.gate_up(x, gate, up, rows, offsets, none)
+        limited = kernels.gate_up(x, gate, up, rows, offsets, limit)
+        y = kernels.down(act, down, rows, offsets, weights)
+        graph.output(act, limited, y, kernels.linear(x, gate[0]), kernels.swiglu(x, gate[0], up[0], limit))
+    return InferenceSession(devices=[Accelerator()]).load(graph)
+
+
+def random_layer(rng: np.random.Generator, tokens: int, choose_from: int = NUM_EXPERTS) -> Layer:
+    return Layer(rng, DType.bfloat16, (tokens, NUM_EXPERTS, TOP_K, HIDDEN, WIDTH), choose_from, DType.bfloat16)
+
+
+def execute(model: Model, operands: Operands) -> list[Array]:
+    """The results in float32."""
+    buffers = [value if isinstance(value, Buffer) else Buffer.from_numpy(value) for value in operands]
+    results = [result.to(CPU()) for result in model.execute(*(buffer.to(Accelerator()) for buffer in buffers))]
+    return [as_float32(result) for result in results]
+
+
+def as_float32(values: Buffer) -> Array:
+    if values.dtype != DType.bfloat16:
+        return values.to_numpy()
+    halves = values.view(DType.uint16, values.shape).to_numpy()
+    return (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def run(model: Model, layer: Layer) -> list[Array]:
+    """Executes on freed memory full of NaN."""
+    x, layer.x = layer.x, np.full_like(layer.x, np.nan)
+    execute(model, layer.operands())
+    layer.x = x
+    return execute(model, layer.operands())
+
+
+@pytest.mark.parametrize("choose_from", [NUM_EXPERTS, TOP_K], ids=["all experts", "few experts"])
+@pytest.mark.parametrize("tokens", CROSSOVERS)
+def test_every_path_equals_float64(experts: Model, rng: np.random.Generator, tokens: int, choose_from: int) -> None:
+    layer = random_layer(rng, tokens, choose_from)
+    for found, expected in zip(run(experts, layer), layer.expected(), strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("tokens", CROSSOVERS)
+def test_the_same_input_gives_the_same_bits(experts: Model, rng: np.random.Generator, tokens: int) -> None:
+    layer = random_layer(rng, tokens)
+    for first, second in zip(run(experts, layer), run(experts, layer), strict=True):
+        assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("tokens", CROSSOVERS)
+def test_nan_stays_in_its_token(experts: Model, rng: np.random.Generator, tokens: int) -> None:
+    layer = random_layer(rng, tokens)
+    *_, y, product, gated = run(experts, layer)
+    broken = int(rng.integers(tokens))
+    layer.x[broken, rng.integers(HIDDEN)] = np.nan
+    others = np.arange(tokens) != broken
+    *_, y_broken, product_broken, gated_broken = run(experts, layer)
+    for clean, found in ((y, y_broken), (product, product_broken), (gated, gated_broken)):
+        assert np.isnan(found[broken]).any()
+        assert found[others].tobytes() == clean[others].tobytes()
+
+
+def test_captured_graphs_give_the_tokens_of_eager_execution(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = tmp_path / "tiny"
+    write_random_checkpoint(checkpoint, "tiny", None, CheckpointDtype.BFLOAT16, int(rng.integers(1 << 31)))
+    prompts = [rng.integers(16, 500, size=length).tolist() for length in (1, 5, 129, 300)]
+    answers = []
+    for captured in (True, False):
+        model = AutoModel(
+            str(checkpoint),
+            devices="gpu:0",
+            custom_architectures=["pipelines_registry"],
+            max_length=512,
+            max_batch_size=len(prompts),
+            device_graph_capture=captured,
+            enable_overlap_scheduler=captured,
+        )
+        answers.append(model.generate(input_ids=prompts, max_new_tokens=24, temperature=0, ignore_eos=True).sequences)
+        del model
+    assert [list(tokens) for tokens in answers[0]] == [list(tokens) for tokens in answers[1]]
