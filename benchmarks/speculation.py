@@ -1,7 +1,7 @@
 """Times speculation with the MTP layers: acceptance, draft and verify time, and speed-up, by batch and depth.
 
     python benchmarks/speculation.py MODEL [--batches 1,4,8] [--depth 3] [--new-tokens 64] [--rounds 3] [--json FILE]
-    python benchmarks/speculation.py MODEL --moving [--batches 1,4,8] [--temperature 1.5] [--json FILE]
+    python benchmarks/speculation.py MODEL --moving OTHER [--batches 1,4,8] [--json FILE]
 
 MODEL is a checkpoint whose drafts can be right, such as `python -m step3p5.random_checkpoint OUT --preset mid
 --predictable 0.8` writes. The plain pipeline and the speculative one, at each depth and at the depth that it chooses
@@ -11,7 +11,7 @@ prompts are read before the clock starts. `--predict` only counts bytes and load
 The prediction is of bytes: tokens a cycle by the acceptance that was seen, over the bytes that a cycle reads beside
 those of plain decoding (`step3p5.byte_account`; routed experts as expected under uniform routing).
 
-`--moving` runs through changing batches and acceptance instead and shows what the chosen depth costs against plain
+`--moving` runs through changing batches and checkpoints instead and shows what the chosen depth costs against plain
 decoding (`speculation_moving.py`).
 """
 
@@ -209,12 +209,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--new-tokens", metavar="N", type=positive_int, default=64, help="a request (default: %(default)s)")
     add("--rounds", metavar="N", type=positive_int, default=3, help="(default: %(default)s)")
     add("--predict", metavar="P", type=float, help="print the speed-up by bytes at acceptance P and end")
-    add("--moving", action="store_true", help="run through changing batches and acceptance at the chosen depth")
-    add("--temperature", metavar="T", type=float, default=1.5, help="of --moving's second half (default: %(default)s)")
+    add("--moving", metavar="OTHER", help="run through the batches with MODEL and back with OTHER, of the same shape")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
     options = parser.parse_args(arguments)
     if PROMPT_TOKENS + options.new_tokens > MAX_LENGTH:
         parser.error(f"--new-tokens: found {options.new_tokens}, expected at most {MAX_LENGTH - PROMPT_TOKENS}")
+    if options.moving is not None and Path(options.moving).name == Path(options.model).name:
+        parser.error(f"--moving: found {options.moving}, expected a folder of another name than MODEL's")
     return options
 
 
@@ -238,14 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_batch_size=max(options.batches),
         max_length=MAX_LENGTH,
     )
-    plain = AutoModel(options.model, **settings)
-    drafting = AutoModel(options.model, speculative_method="mtp", num_speculative_tokens=max(depths), **settings)
-    if options.moving:
+    if options.moving is not None:
+        models = {Path(name).name: load_both(name, max(depths), settings) for name in (options.model, options.moving)}
         before = CpuTimes.now()
         phases, cost = run_moving(
-            plain.pipeline,
-            drafting.pipeline,
-            moving_phases(options.batches, options.temperature),
+            {name: (plain.pipeline, drafting.pipeline) for name, (plain, drafting) in models.items()},
+            moving_phases(options.batches, *models),
             range(FIRST_TEXT_TOKEN, model.vocab_size - 64),
             PROMPT_TOKENS,
             options.new_tokens,
@@ -263,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.json,
         )
         return
+    plain, drafting = load_both(options.model, max(depths), settings)
     chosen_depths[id(drafting.pipeline)] = drafting.pipeline.policy
     cases = [Case(batch, depth) for batch in options.batches for depth in (0, *depths, None)]
     rng = np.random.default_rng(0)
@@ -285,6 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results=evaluate(cases, model, dtype),
     )
     show(report, options.json)
+
+
+def load_both(model: str, depth: int, settings: dict[str, Any]) -> tuple[AutoModel, AutoModel]:
+    """A checkpoint's plain pipeline, and the one that drafts up to `depth` tokens."""
+    drafting = AutoModel(model, speculative_method="mtp", num_speculative_tokens=depth, **settings)
+    return AutoModel(model, **settings), drafting
 
 
 def show(report: Report | MovingReport, file: Path | None) -> None:

@@ -1,9 +1,10 @@
 """A run whose batches and acceptance change while the policy chooses the depth, against plain decoding, phase by phase.
 
-What `speculation.py --moving` runs. Batches grow, then the acceptance falls, then the batches shrink again. The
-acceptance falls by the requests' temperature: the model's draws then leave what its MTP layers draft greedily. Both
-pipelines generate the same tokens from the same prompts with the same seeds, and take turns of a few steps, so that
-whatever else the machine does in between falls on both alike; prompts are read before the clocks start.
+What `speculation.py --moving OTHER` runs. Batches grow, then another checkpoint of the same shape takes over, whose
+drafts are right at another rate, then the batches shrink again, and the first checkpoint returns. One policy goes
+through all phases. The plain pipeline and the one that drafts generate the same tokens from the same prompts and take
+turns of half a second, so that whatever else the machine does in between falls on both alike; prompts are read before
+the clocks start.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +32,10 @@ TURN_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Phase:
-    """Requests of one batch size and one temperature, 0 for greedy."""
+    """Requests of one batch size to one of the checkpoints."""
 
     batch: int
-    temperature: float
+    model: str
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PhaseResult:
     """A phase's rates in tokens a second; `cost` is the share of plain decoding's that is lost, negative for a gain."""
 
     batch: int
-    temperature: float
+    model: str
     plain: float
     chosen: float
     cost: float
@@ -50,12 +51,12 @@ class PhaseResult:
     mean_depth: float
     """Drafts of a request that a step verified."""
 
-    HEADER = ("batch, temperature", "plain tok/s", "chosen tok/s", "cost", "acceptance", "drafts verified a step")
+    HEADER = ("batch, model", "plain tok/s", "chosen tok/s", "cost", "acceptance", "drafts verified a step")
 
     def row(self) -> tuple[str, ...]:
         """The table's cells."""
         return (
-            f"{self.batch}, {self.temperature:g}",
+            f"{self.batch}, {self.model}",
             f"{self.plain:.1f}",
             f"{self.chosen:.1f}",
             f"{self.cost:+.1%}",
@@ -71,6 +72,8 @@ class MovingReport:
     benchmark: str
     environment: Environment
     model: str
+    """The first checkpoint."""
+
     new_tokens: int
     cores_taken: float | None
     phases: list[PhaseResult]
@@ -91,19 +94,17 @@ class MovingReport:
         )
 
 
-def moving_phases(batches: Sequence[int], temperature: float) -> list[Phase]:
-    """Through `batches` greedily, then back through them at `temperature`, then the first greedily once more."""
-    there = [Phase(batch, 0.0) for batch in batches]
-    return [*there, *(Phase(batch, temperature) for batch in reversed(batches)), there[0]]
+def moving_phases(batches: Sequence[int], first: str, other: str) -> list[Phase]:
+    """Through `batches` with the first checkpoint, back through them with the other, then the first one again."""
+    there = [Phase(batch, first) for batch in batches]
+    return [*there, *(Phase(batch, other) for batch in reversed(batches)), there[0]]
 
 
 class Runner:
     """One pipeline's side of a phase: its requests, its clock and its tokens."""
 
-    def __init__(self, pipeline: Any, phase: Phase, prompts: Sequence[npt.NDArray[np.int64]], new_tokens: int) -> None:
-        self._batch = GenerateIterator.from_contexts(
-            pipeline, [_request(prompt, index + 1, phase, new_tokens) for index, prompt in enumerate(prompts)]
-        )
+    def __init__(self, pipeline: Any, prompts: Sequence[npt.NDArray[np.int64]], new_tokens: int) -> None:
+        self._batch = GenerateIterator.from_contexts(pipeline, [_request(prompt, new_tokens) for prompt in prompts])
         self.seconds, self.tokens, self.steps = 0.0, 0, 0
 
     def __enter__(self) -> Runner:
@@ -136,7 +137,7 @@ def run_phase(
     Returns:
         The phase's result, and the seconds of the plain pipeline and the one that drafts.
     """
-    with Runner(plain, phase, prompts, new_tokens) as base, Runner(drafting, phase, prompts, new_tokens) as chosen:
+    with Runner(plain, prompts, new_tokens) as base, Runner(drafting, prompts, new_tokens) as chosen:
         drafting.statistics = counts = Statistics(len(drafting.statistics.verified))
         while not (base.done and chosen.done):
             # The one behind in its work goes on, so that both run over the same stretch of time.
@@ -146,7 +147,7 @@ def run_phase(
     return (
         PhaseResult(
             batch=phase.batch,
-            temperature=phase.temperature,
+            model=phase.model,
             plain=rates[0],
             chosen=rates[1],
             cost=1 - rates[1] / rates[0],
@@ -159,17 +160,31 @@ def run_phase(
 
 
 def run_moving(
-    plain: Any, drafting: Any, phases: Sequence[Phase], vocabulary: range, prompt_tokens: int, new_tokens: int
+    pipelines: Mapping[str, tuple[Any, Any]],
+    phases: Sequence[Phase],
+    vocabulary: range,
+    prompt_tokens: int,
+    new_tokens: int,
 ) -> tuple[list[PhaseResult], float]:
     """Runs the phases one after the other; the policy goes on learning from phase to phase.
+
+    Args:
+        pipelines: By checkpoint, the plain pipeline and the one that drafts.
+        phases: What to run.
+        vocabulary: The tokens of prompts.
+        prompt_tokens: Tokens of a prompt.
+        new_tokens: Tokens that each request generates.
 
     Returns:
         Each phase's result, and the share of the whole time that was lost against plain decoding.
     """
+    policy = pipelines[phases[0].model][1].policy
     rng = np.random.default_rng(0)
     results, times = [], []
     for phase in tqdm(phases, desc="phases", file=sys.stderr):
         prompts = rng.integers(vocabulary.start, vocabulary.stop, (phase.batch, prompt_tokens))
+        plain, drafting = pipelines[phase.model]
+        drafting.policy = policy
         result, *seconds = run_phase(plain, drafting, phase, list(prompts), new_tokens)
         results.append(result)
         times.append(seconds)
@@ -177,13 +192,11 @@ def run_moving(
     return results, chosen / base - 1
 
 
-def _request(prompt: npt.NDArray[np.int64], seed: int, phase: Phase, new_tokens: int) -> TextContext:
-    greedy = phase.temperature == 0
-    sampling = SamplingParams(temperature=phase.temperature, top_k=1 if greedy else 64, seed=seed, ignore_eos=True)
+def _request(prompt: npt.NDArray[np.int64], new_tokens: int) -> TextContext:
     return TextContext(
         request_id=RequestID(),
         max_length=len(prompt) + new_tokens,
         tokens=TokenBuffer(prompt.astype(np.int64)),
         eos_tracker=EOSTracker(eos_token_ids=set()),
-        sampling_params=sampling,
+        sampling_params=SamplingParams(temperature=0.0, top_k=1, ignore_eos=True),
     )

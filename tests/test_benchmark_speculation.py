@@ -71,15 +71,15 @@ def test_a_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_moving_run_goes_through_all_batches_at_both_acceptances_and_returns() -> None:
-    greedy = [Phase(batch, 0.0) for batch in (1, 4, 16)]
-    drawn = [Phase(batch, 1.5) for batch in (16, 4, 1)]
-    assert moving_phases((1, 4, 16), 1.5) == [*greedy, *drawn, greedy[0]]
+    there = [Phase(batch, "often") for batch in (1, 4, 16)]
+    back = [Phase(batch, "rarely") for batch in (16, 4, 1)]
+    assert moving_phases((1, 4, 16), "often", "rarely") == [*there, *back, there[0]]
 
 
 def test_a_moving_report_shows_costs_and_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     phases = [
-        PhaseResult(1, 0.0, 10.0, 20.0, -1.0, [0.9, 0.8], 2.5),
-        PhaseResult(8, 1.5, 50.0, 49.0, 0.02, [0.2, 0.1], 0.1),
+        PhaseResult(1, "mid", 10.0, 20.0, -1.0, [0.9, 0.8], 2.5),
+        PhaseResult(8, "mid", 50.0, 49.0, 0.02, [0.2, 0.1], 0.1),
     ]
     found = MovingReport("speculation_moving", environment(), "mid", 64, None, phases, -0.25)
     speculation.show(found, tmp_path / "run.json")

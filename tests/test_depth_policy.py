@@ -107,6 +107,16 @@ def test_a_new_batch_size_is_judged_by_what_was_measured_of_others_and_by_the_by
     assert policy.plan(64, pure=True).depth == DEPTH
 
 
+@pytest.mark.parametrize(("batch", "cycles"), [(1, 40), (32, 2)])
+def test_acceptance_that_falls_is_noticed_at_once(rng: np.random.Generator, batch: int, cycles: int) -> None:
+    verify = lambda _, depth: 1.0 + 0.5 * depth  # noqa: E731
+    machine = Machine(AdaptiveDepth(DEPTH, any_bytes), rng, verify, lambda _: 0.1)
+    machine.run(batch, 0.95, 400)
+    assert machine.planned.depth >= 2
+    machine.run(batch, 0.1, cycles)
+    assert machine.planned.depth == 0
+
+
 def test_acceptance_that_comes_back_is_noticed(rng: np.random.Generator) -> None:
     verify = lambda _, depth: 1.0 + 0.02 * depth  # noqa: E731
     machine = Machine(AdaptiveDepth(DEPTH, any_bytes), rng, verify, lambda _: 0.4)

@@ -40,6 +40,10 @@ DOUBT = 1.3
 ACCEPTANCE_WINDOW = 256.0
 """About so many of a depth's last drafts make its acceptance."""
 
+RECENT_WINDOW = 16.0
+CHANGE = 0.35
+"""Where the acceptance of a depth's last so many drafts lies this far from the estimate, it takes its place at once."""
+
 DOUBTED_WINDOW = 16.0
 """So many when a trial begins: what was believed may be long out of date."""
 
@@ -107,6 +111,7 @@ class AdaptiveDepth:
         self._cycle_bytes = functools.cache(lambda bucket, depth: cycle_bytes(_typical_batch(bucket), depth))
         self._accepted = [PRIOR_ACCEPTANCE * PRIOR_WEIGHT] * max_depth
         self._verified = [PRIOR_WEIGHT] * max_depth
+        self._recent = [PRIOR_ACCEPTANCE] * max_depth
         self._verify_seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
         self._draft_seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
         self._chosen: dict[int, int] = {}
@@ -124,9 +129,15 @@ class AdaptiveDepth:
         for index in range(self._max_depth):
             reached = sum(verified > index <= accepted for verified, accepted in requests)
             if reached:
+                accepted_now = sum(accepted > index for _, accepted in requests)
                 self._forget(index, max(ACCEPTANCE_WINDOW - reached, 0.0))
-                self._accepted[index] += sum(accepted > index for _, accepted in requests)
+                self._accepted[index] += accepted_now
                 self._verified[index] += reached
+                share = min(1.0, reached / RECENT_WINDOW)
+                self._recent[index] += share * (accepted_now / reached - self._recent[index])
+                if abs(self._recent[index] - self.acceptance[index]) > CHANGE:
+                    self._verified[index] = RECENT_WINDOW
+                    self._accepted[index] = RECENT_WINDOW * self._recent[index]
 
     def record_verification(self, batch: int, depth: int, seconds: float) -> None:
         """Learns the time of a verification of `depth` drafts of each of `batch` requests."""
