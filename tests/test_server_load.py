@@ -197,7 +197,7 @@ def test_clients_that_hang_up_leave_no_memory_no_cache_blocks_and_no_delay(
         return [server.metric(f"maxserve_{name}") for name in ("num_requests_running", "cache_num_used_blocks")]
 
     def idle() -> bool:
-        seconds_of_a_short_answer()  # the server counts its cache blocks when it does something, and tells a little later
+        seconds_of_a_short_answer()  # the server counts its cache blocks when it does something, and tells after that
         deadline = time.monotonic() + 5
         while any(in_use()) and time.monotonic() < deadline:
             time.sleep(0.2)
