@@ -3,8 +3,9 @@
     max serve --model MODEL --custom-architectures pipelines_registry --devices cpu --host 127.0.0.1
     python benchmarks/serving.py http://127.0.0.1:8000 [--clients 1,4,16,64] [--rates 0.5,2] [--json FILE] [--plot FILE]
 
-A closed loop keeps a number of clients busy, each with one request at a time; an open loop sends requests at random
-moments, so many a second on average. Every request streams a greedy completion of a random prompt.
+A closed loop keeps a number of clients busy, each with one request at a time, for some rounds, and more of them where
+few clients would send fewer than `--least` requests in all; an open loop sends requests at random moments, so many a
+second on average. Every request streams a greedy completion of a random prompt.
 
 With `--forward`, the result of `forward.py` on the same machine with the same batches and context, the median gap
 between two tokens is set against the decode step of as large a batch: the difference is what serving costs. The
@@ -111,7 +112,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("address", metavar="ADDRESS", help="the server's, such as http://127.0.0.1:8000")
     add("--clients", metavar="N,N", type=positive_ints, default=(1, 4, 16, 64), help="at a time (default: 1,4,16,64)")
-    add("--rounds", metavar="N", type=positive_int, default=4, help="requests of each client (default: %(default)s)")
+    add("--rounds", metavar="N", type=positive_int, default=4, help="of each client, at least (default: %(default)s)")
+    add("--least", metavar="N", type=positive_int, default=32, help="requests of a closed loop (default: %(default)s)")
     add("--rates", metavar="X,X", type=positive_numbers, default=(), help="requests a second, in an open loop")
     add("--arrivals", metavar="N", type=positive_int, default=64, help="requests a rate (default: %(default)s)")
     add("--prompt-tokens", metavar="N", type=positive_int, default=64, help="(default: %(default)s)")
@@ -148,12 +150,13 @@ def decode_steps(path: Path) -> dict[int, float]:
 async def measure(options: argparse.Namespace) -> list[Level]:
     """Runs every load, one after another."""
     workload = Workload(options.model, options.prompt_tokens, options.new_tokens, options.token_ids)
-    total = sum(options.clients) * (options.rounds + 1) + len(options.rates) * options.arrivals
+    rounds = {clients: max(options.rounds, -(-options.least // clients)) for clients in options.clients}
+    total = sum(clients * (rounds[clients] + 1) for clients in options.clients) + len(options.rates) * options.arrivals
     levels = []
     with tqdm(total=total, desc="requests", file=sys.stderr) as bar:
         async with http_client(options.address) as client:
             for clients in options.clients:
-                levels.append(await closed_loop(client, workload, clients, options.rounds, seed=0, done=bar.update))
+                levels.append(await closed_loop(client, workload, clients, rounds[clients], seed=0, done=bar.update))
             for rate in options.rates:
                 levels.append(await open_loop(client, workload, rate, options.arrivals, seed=1, done=bar.update))
     return levels

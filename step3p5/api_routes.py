@@ -21,6 +21,7 @@ from max.serve.schemas.openai import CreateChatCompletionResponse, CreateComplet
 from sse_starlette.sse import EventSourceResponse
 from typing_extensions import override
 
+from .hang_ups import cancelled_for_sure
 from .request_checks import MAX_SEED, Endpoint, RequestError, check_request, with_field
 from .several_choices import gather_answers, streamed
 from .stop_strings import before_stop, ended_at_stop, without_stops
@@ -78,7 +79,8 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
     handler = HANDLERS[endpoint]
     if not isinstance(pipeline.tokenizer, Step3p5Tokenizer):
         return await handler(request)
-    vars(pipeline).setdefault("next_token_chunk", taken_down(ended_at_stop(pipeline.next_token_chunk)))
+    ask, cancel = pipeline.next_token_chunk, pipeline.model_worker.cancel
+    vars(pipeline).setdefault("next_token_chunk", taken_down(ended_at_stop(cancelled_for_sure(ask, cancel))))
     loras = pipeline.lora_queue.list_loras() if pipeline.lora_queue else []
     try:
         fields = check_request(await request.body(), endpoint, [pipeline.model_name, *loras])

@@ -113,10 +113,9 @@ class Server:
         return pids
 
     def resident_mib(self) -> float:
-        """Memory that the server's processes hold, in MiB; what they share counts for each."""
-        page = os.sysconf("SC_PAGE_SIZE")
-        statms = (Path(f"/proc/{pid}/statm").read_text() for pid in self.processes())
-        return sum(int(statm.split()[1]) for statm in statms) * page / 2**20
+        """Memory of their own that the server's processes hold, in MiB; files that are mapped come and go."""
+        statuses = (Path(f"/proc/{pid}/status").read_text() for pid in self.processes())
+        return sum(int(re.findall(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)[0]) for status in statuses) / 1024
 
     def metric(self, name: str, batch_type: str = "") -> float:
         """The sum over labels of metric `name`, of one `batch_type` (`CE`, `TG`) if given; 0 before its first value."""

@@ -22,8 +22,8 @@ from serving_load import Answer, Level, Quantiles
 FIRST, GAP = 0.05, 0.02
 """Seconds that the server takes for a first token and for each after it."""
 
-SLACK = 0.3
-"""By how much a busy machine may be late."""
+SLACK = 3
+"""Seconds by which a busy machine may be late."""
 
 
 class Timetable(BaseHTTPRequestHandler):
@@ -102,7 +102,20 @@ def test_a_run_reports_the_timetable_and_what_serving_costs(
     address: str, forward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, picture = tmp_path / "run.json", tmp_path / "run.png"
-    options = ["--clients", "1,3", "--rounds", "2", "--rates", "40", "--arrivals", "5", "--prompt-tokens", "6"]
+    options = [
+        "--clients",
+        "1,3",
+        "--rounds",
+        "2",
+        "--least",
+        "6",
+        "--rates",
+        "40",
+        "--arrivals",
+        "5",
+        "--prompt-tokens",
+        "6",
+    ]
     options += ["--new-tokens", "4", "--token-ids", "50", "--forward", str(forward), "--server", "by hand"]
     serving.main([address, *options, "--json", str(file), "--plot", str(picture)])
 
@@ -111,7 +124,7 @@ def test_a_run_reports_the_timetable_and_what_serving_costs(
     assert {"date", "command", "cpu", "versions"} <= content["environment"].keys()
     levels = content["levels"]
     assert [(level["clients"], level["rate"], level["requests"]) for level in levels] == [
-        (1, None, 2),
+        (1, None, 6),
         (3, None, 6),
         (None, 40.0, 5),
     ]
@@ -123,14 +136,14 @@ def test_a_run_reports_the_timetable_and_what_serving_costs(
         assert 0 < level["per_token"]["p50"] <= level["per_token"]["p99"] <= level["per_token"]["maximum"]
         assert FIRST + 3 * GAP <= level["whole"]["p50"] < FIRST + 3 * GAP + SLACK
         assert level["tokens_per_second"] == pytest.approx(4 * level["requests"] / level["seconds"])
-    assert 2 * (FIRST + 3 * GAP) <= levels[0]["seconds"] < 2 * (FIRST + 3 * GAP + SLACK)
+    assert 6 * (FIRST + 3 * GAP) <= levels[0]["seconds"] < 6 * (FIRST + 3 * GAP + SLACK)
 
     (overhead,) = content["overhead"]
     assert (overhead["clients"], overhead["step_seconds"]) == (3, 0.016)
     assert overhead["share"] == pytest.approx(levels[1]["token_gap"]["p50"] / 0.016 - 1)
     assert content["forward"] == "python forward.py mid"
 
-    assert len(Timetable.bodies) == 2 * 1 + 1 + 2 * 3 + 3 + 5
+    assert len(Timetable.bodies) == 6 * 1 + 1 + 2 * 3 + 3 + 5
     assert all(len(body["prompt"]) == 6 and max(body["prompt"]) < 50 for body in Timetable.bodies)
     assert len({tuple(body["prompt"]) for body in Timetable.bodies}) == len(Timetable.bodies)
     assert Timetable.most_running >= 3
@@ -146,7 +159,7 @@ def test_failed_requests_are_counted_by_what_was_wrong_and_end_the_run_with_stat
     address: str, length: int, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.json"
-    options = ["--clients", "2", "--rounds", "1", "--prompt-tokens", str(length), "--new-tokens", "4"]
+    options = ["--clients", "2", "--rounds", "1", "--least", "2", "--prompt-tokens", str(length), "--new-tokens", "4"]
     with pytest.raises(SystemExit) as exit_info:
         serving.main([address, *options, "--json", str(file), "--plot", str(file.with_suffix(".png"))])
     assert exit_info.value.code == 1
