@@ -189,6 +189,9 @@ class SpeculativeStep3p5Model(Step3p5Model):
         Returns:
             The drafted tokens `[len(drafting), depths]`, and the hidden states to keep `[len(plan.keep), hidden_size]`.
         """
+        if not drafting and 2 * len(plan.keep) >= hidden.shape[0]:
+            # While drafting rests, a step costs no graph more than plain decoding.
+            return np.empty((0, 0), dtype=np.int64), rows_to_host(hidden)[plan.keep]
         assert self._selection is not None
         config = self.arch_config_as(Step3p5Config)
         kept_on_device = rows_from_host(kept, hidden.dtype, self.devices[0])
