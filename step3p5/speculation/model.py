@@ -18,6 +18,7 @@ from max.pipelines.context import TextContext
 from max.pipelines.lib.graph_specs import GraphRole, GraphSpec
 from typing_extensions import override
 
+from ..artifacts import record_or_check
 from ..byte_account import cycle_bytes
 from ..checkpoint_tensors import CheckpointDtype
 from ..config_fields import ConfigError
@@ -101,6 +102,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         drafting, device = model_config.drafting_layers, model_config.devices[0]
         if not drafting:
             return super().graph_specs(model_config)
+        record_or_check(self.pipeline_config, model_config)
         if len(model_config.devices) > 1:
             raise ConfigError(
                 f"--devices: found {len(model_config.devices)}, expected 1 with --speculative-method mtp."
