@@ -9,7 +9,6 @@ the clocks start.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -188,7 +187,7 @@ def run_moving(
         result, *seconds = run_phase(plain, drafting, phase, list(prompts), new_tokens)
         results.append(result)
         times.append(seconds)
-    base, chosen = (math.fsum(column) for column in zip(*times, strict=True))
+    base, chosen = (sum(column) for column in zip(*times, strict=True))
     return results, chosen / base - 1
 
 

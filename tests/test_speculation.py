@@ -17,7 +17,9 @@ from reference import Reference
 from speculation_harness import GREEDY, Recorder, generate, load, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
+from step3p5.model_config import Step3p5Config
 from step3p5.random_checkpoint.writer import write_random_checkpoint
+from step3p5.speculation import model as speculation_model
 from step3p5.speculation.policy import DraftPlan, FixedDepth
 
 AGREEMENT = 0.7
@@ -167,6 +169,16 @@ def test_a_preempted_request_goes_on_as_if_it_had_not_been(
     manager.release(context)
     drafting.pipeline.release(context.request_id)
     assert got == want
+
+
+def test_what_artifacts_of_a_pipeline_that_drafts_were_compiled_for_is_recorded(
+    drafting: AutoModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[Step3p5Config] = []
+    monkeypatch.setattr(speculation_model, "record_or_check", lambda _, config: recorded.append(config))
+    model = drafting.pipeline._pipeline_model
+    model.graph_specs(model.arch_config_as(Step3p5Config))
+    assert [len(config.drafting_layers) for config in recorded] == [DEPTH]
 
 
 def test_nothing_of_a_request_is_kept_once_it_is_released(drafting: AutoModel) -> None:

@@ -200,10 +200,8 @@ def test_forced_calls_and_response_formats_hold_beside_requests_that_draft(
 ) -> None:
     named: dict[str, Any] = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
     common: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "temperature": 1}
-    forced: list[dict[str, Any]] = [
-        {**common, **form, "seed": seed, "extra_body": NO_THOUGHT}
-        for seed, form in enumerate([named, {"response_format": SCHEMA}] * 2, start=1)
-    ]
+    forms: list[dict[str, Any]] = [named, {"response_format": SCHEMA}] * 2
+    forced = [common | form | {"seed": seed, "extra_body": NO_THOUGHT} for seed, form in enumerate(forms, start=1)]
     prompts = [rng.integers(FIRST_TEXT_TOKEN, 500, size=25).tolist() for _ in range(3)]
 
     async def run(server: Server) -> list[Any]:

@@ -18,6 +18,7 @@ from max.pipelines.context import TextContext
 from max.pipelines.lib.graph_specs import GraphRole, GraphSpec
 from typing_extensions import override
 
+from ..artifacts import record_or_check
 from ..byte_account import cycle_bytes
 from ..checkpoint_tensors import CheckpointDtype
 from ..config_fields import ConfigError
@@ -101,6 +102,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         drafting, device = model_config.drafting_layers, model_config.devices[0]
         if not drafting:
             return super().graph_specs(model_config)
+        record_or_check(self.pipeline_config, model_config)
         if len(model_config.devices) > 1:
             raise ConfigError(
                 f"--devices: found {len(model_config.devices)}, expected 1 with --speculative-method mtp."
@@ -189,6 +191,9 @@ class SpeculativeStep3p5Model(Step3p5Model):
         Returns:
             The drafted tokens `[len(drafting), depths]`, and the hidden states to keep `[len(plan.keep), hidden_size]`.
         """
+        if not drafting and 2 * len(plan.keep) >= hidden.shape[0]:
+            # While drafting rests, a step costs no graph more than plain decoding.
+            return np.empty((0, 0), dtype=np.int64), rows_to_host(hidden)[plan.keep]
         assert self._selection is not None
         config = self.arch_config_as(Step3p5Config)
         kept_on_device = rows_from_host(kept, hidden.dtype, self.devices[0])

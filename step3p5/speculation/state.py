@@ -31,6 +31,7 @@ class RequestState:
         self._limit = limit
         self._rows: deque[npt.NDArray[Any]] = deque()
         self._rows_start = position
+        self._num_rows = 0
 
     def first_unread(self, depth: int) -> int:
         """The position at which a pass of the first `depth` depths must begin."""
@@ -61,13 +62,15 @@ class RequestState:
         keep = self.rows_to_keep(end, depth)
         if len(new_rows) < end - self.position:
             self._rows.clear()
+            self._num_rows = 0
         self._rows.append(new_rows)
-        stored = sum(map(len, self._rows))
+        stored = self._num_rows + len(new_rows)
         while stored - len(self._rows[0]) >= keep and len(self._rows) > 1:
             stored -= len(self._rows.popleft())
         if stored > keep:
             self._rows[0] = self._rows[0][stored - keep :]
-        self._rows_start = end - min(stored, keep)
+        self._num_rows = min(stored, keep)
+        self._rows_start = end - self._num_rows
         self._done = self._done_after(end, depth)
         self.position, self.drafts = end, tuple(drafts)
 
