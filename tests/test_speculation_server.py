@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from harness import FIRST_TEXT_TOKEN, Prompt, edit_head
 from openai import AsyncOpenAI
 from reference import Reference
 from safetensors.numpy import load_file, save_file
-from server import CHUNK, Server, wait_for
+from server import CHUNK, LONG_FORM, Server, wait_for
 from tokenizers import Tokenizer
 
 from step3p5.checkpoint_tensors import CheckpointDtype
@@ -30,7 +31,7 @@ from step3p5.random_checkpoint.writer import write_random_checkpoint
 
 AGREEMENT = 0.7
 ALWAYS = [{"batch_start": 1, "batch_end": 64, "num_tokens": 3}]
-COMMON = ("--host", "127.0.0.1", "--max-length", "1024")
+COMMON = (*LONG_FORM, "--host", "127.0.0.1")
 DRAFTING = (*COMMON, "--speculative-method", "mtp", "--num-speculative-tokens", "3")
 CACHING = ("--enable-prefix-caching",)
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
@@ -153,12 +154,13 @@ def test_many_clients_get_the_plain_servers_answers_beside_clients_that_hang_up(
         assert_equal_but_for_ties(reference, prompt, tokens_of(answer), tokens)
 
     def idle() -> bool:
-        complete(drafting, [20], 1)  # the server counts when it does something
+        complete(drafting, [20], 1)  # the server counts when it does something, and tells a little later
+        time.sleep(0.5)
         return all(
             drafting.metric(f"maxserve_{name}") == 0 for name in ("num_requests_running", "cache_num_used_blocks")
         )
 
-    wait_for(idle, 30, "requests without clients to end and give their cache blocks back")
+    wait_for(idle, 120, "requests without clients to end and give their cache blocks back")
 
 
 def test_an_answer_ends_before_the_stop_string_among_drafts(
