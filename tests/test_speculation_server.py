@@ -34,10 +34,6 @@ COMMON = ("--host", "127.0.0.1", "--max-length", "1024")
 DRAFTING = (*COMMON, "--speculative-method", "mtp", "--num-speculative-tokens", "3")
 CACHING = ("--enable-prefix-caching",)
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
-NO_THOUGHT = {"chat_template_kwargs": {"enable_thinking": False}}
-CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "place", "schema": CITY}}
 
 
 class ChattyServer(Server):
@@ -193,42 +189,6 @@ def test_cached_prefixes_and_prompts_in_pieces_change_no_token(
         assert_equal_but_for_ties(reference, prompt, tokens_of(answer), tokens_of(complete(plain, prompt, 30)))
         cached.append(answer.usage.prompt_tokens_details.cached_tokens)
     assert cached == [0, 2 * CHUNK, 2 * CHUNK]
-
-
-def test_forced_calls_and_response_formats_hold_beside_requests_that_draft(
-    plain: Server, drafting: Server, reference: Reference, rng: np.random.Generator
-) -> None:
-    named = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
-    common: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "temperature": 1}
-    forms: list[dict[str, Any]] = [named, {"response_format": SCHEMA}] * 2
-    forced = [common | form | {"seed": seed, "extra_body": NO_THOUGHT} for seed, form in enumerate(forms, start=1)]
-    prompts = [rng.integers(FIRST_TEXT_TOKEN, 500, size=25).tolist() for _ in range(3)]
-
-    async def run(server: Server) -> list[Any]:
-        async with server.async_client() as client:
-            return await asyncio.gather(
-                *(client.chat.completions.create(model=server.model, **options) for options in forced),
-                *(
-                    client.completions.create(model=server.model, prompt=prompt, max_tokens=60, **GREEDY)
-                    for prompt in prompts
-                ),
-            )
-
-    before = acceptance_metrics(drafting)[0][1]
-    got, want = asyncio.run(run(drafting)), asyncio.run(run(plain))
-    assert acceptance_metrics(drafting)[0][1] > before
-    for index, (answer, other) in enumerate(zip(got, want, strict=True)):
-        if index >= len(forced):
-            prompt = prompts[index - len(forced)]
-            assert_equal_but_for_ties(reference, prompt, tokens_of(answer), tokens_of(other))
-            continue
-        messages = [choice.choices[0].message for choice in (answer, other)]
-        if "tools" in forced[index]:
-            texts = [message.tool_calls[0].function.arguments for message in messages]
-        else:
-            texts = [message.content for message in messages]
-        assert isinstance(json.loads(texts[0])["city"], str)
-        assert texts[0] == texts[1]
 
 
 def test_a_checkpoint_with_fewer_mtp_layers_says_so_and_runs_with_what_it_has(
