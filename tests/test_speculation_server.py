@@ -35,10 +35,6 @@ COMMON = (*LONG_FORM, "--host", "127.0.0.1")
 DRAFTING = (*COMMON, "--speculative-method", "mtp", "--num-speculative-tokens", "3")
 CACHING = ("--enable-prefix-caching",)
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
-NO_THOUGHT = {"chat_template_kwargs": {"enable_thinking": False}}
-CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "place", "schema": CITY}}
 
 
 class ChattyServer(Server):
