@@ -1,6 +1,11 @@
 """How work is cut into pieces for the threads of a team."""
 
 from max.runtime.asyncrt import parallelism_level
+from std.os import getenv
+
+comptime THREADS_VARIABLE = "STEP3P5_CPU_THREADS"
+"""Environment variable with the most threads to use: MAX's workers are as many as cores, whatever quota the process has.
+"""
 
 comptime PIECES_PER_WORKER = 8
 """More pieces than workers even out what other programs take from one of them."""
@@ -12,10 +17,22 @@ comptime TOKENS_PER_READ = 8
 """Multiplying so many tokens takes about as long as reading the weights."""
 
 
+def worker_count() -> Int:
+    """Number of worker threads that ops use."""
+    var workers = parallelism_level(None)
+    var wanted = getenv(THREADS_VARIABLE)
+    if wanted:
+        try:
+            return max(min(Int(wanted), workers), 1)
+        except:
+            pass
+    return workers
+
+
 def piece_count(most: Int, bytes: Int, tokens: Int) -> Int:
     """Number of pieces, `most` at the utmost, for multiplying `bytes` of weights with `tokens` each.
     """
-    var pieces = parallelism_level(None) * PIECES_PER_WORKER
+    var pieces = worker_count() * PIECES_PER_WORKER
     var work = bytes * (1 + tokens // TOKENS_PER_READ)
     return max(min(pieces, most, work // PIECE_BYTES), 1)
 

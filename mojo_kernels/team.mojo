@@ -7,12 +7,13 @@ up no more than its piece.
 """
 
 from max.algorithm import sync_parallelize
-from max.runtime.asyncrt import parallelism_level
 from std.atomic import Atomic, Ordering
 from std.ffi import external_call
 from std.memory.alloc import unsafe_alloc
 from std.sys import CompilationTarget
 from std.sys.intrinsics import llvm_intrinsic
+
+from .tasks import worker_count
 
 comptime Counters = Pointer[Int64, MutUntrackedOrigin]
 
@@ -70,7 +71,7 @@ struct Team(Copyable):
 
 
 def on_team[Work: def(mut Team) -> None](work: Work):
-    """Runs `work` on all worker threads; it has at most `MAX_PHASES` phases."""
+    """Runs `work` on the worker threads; it has at most `MAX_PHASES` phases."""
     comptime size = MAX_PHASES * 2 * COUNTER_STRIDE
     var counters = unsafe_alloc[Int64](size, alignment=128)
     for i in range(size):
@@ -80,5 +81,5 @@ def on_team[Work: def(mut Team) -> None](work: Work):
         var team = Team(counters, 0)
         work(team)
 
-    sync_parallelize(run, parallelism_level(None))
+    sync_parallelize(run, worker_count())
     counters.unsafe_free()

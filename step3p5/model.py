@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from .artifacts import record_or_check
 from .batch_processor import Step3p5BatchProcessor
+from .cpu_quota import limit_threads
 from .model_config import Step3p5Config
 from .parallel_step3p5 import ParallelStep3p5
 from .step3p5 import Step3p5
@@ -134,6 +135,7 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
             CheckpointError: If the checkpoint's tensors are not those of its configuration.
             ArtifactError: If `--precompiled-mefs` names artifacts of other settings.
         """
+        limit_threads()
         return self.load_graphs(session)[GraphRole.DECODER]
 
     @override

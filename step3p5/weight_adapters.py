@@ -6,12 +6,14 @@ import logging
 import math
 from typing import Any
 
+from max.driver import Buffer
 from max.graph.weights import WeightData, Weights
 from max.pipelines.lib import PipelineConfig
 from max.pipelines.lib.config.model_config import _select_quantization_encoding
 from max.pipelines.modeling.config_enums import supported_encoding_dtype
 from transformers import AutoConfig
 
+from . import huge_pages
 from .checkpoint_files import StoredTensor, check_specs, check_tensors, decoder_tensors, layer_tensors, rename
 from .checkpoint_tensors import checkpoint_tensors, mtp_layer_tensors
 from .model_config import Step3p5Config, device_refs
@@ -62,7 +64,13 @@ def convert_safetensor_state_dict(
         logger.info("Casting %d of %d tensors to run in %s.", len(casts), len(weights), encoding)
     for name in with_progress(casts, lambda name: _num_bytes(weights[name]), f"Casting to {encoding}"):
         weights[name] = weights[name].astype(dtypes[name])
+    if device.is_cpu():
+        huge_pages.collapse(_buffer(weights[name]) for name in casts)
     return {rename(name, GRAPH_PREFIXES): data for name, data in weights.items()}
+
+
+def _buffer(data: WeightData) -> Buffer:
+    return data.data if isinstance(data.data, Buffer) else Buffer.from_dlpack(data.data)
 
 
 def _stored(data: WeightData) -> StoredTensor:
