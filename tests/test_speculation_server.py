@@ -44,6 +44,12 @@ class ChattyServer(Server):
         return super().environment() | {"MAX_SERVE_SCHEDULER_STATS_LOG_INTERVAL_S": "0"}
 
 
+NO_THOUGHT = {"chat_template_kwargs": {"enable_thinking": False}}
+CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "place", "schema": CITY}}
+
+
 @pytest.fixture(scope="module")
 def predictable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `tiny` checkpoint whose drafts are right more often than not, and whose best token the tokenizer knows."""
