@@ -1,7 +1,7 @@
 """Ends answers before their stop strings.
 
-MAX leaves the stop string in completions and in streams, and goes on with what the model says until its request to stop
-arrives there: a second finish reason, or none at the end and status 500.
+MAX leaves the stop string in completions and in streams, overlooks one in a chunk of many tokens, and goes on with what
+the model says until its request to stop arrives there: a second finish reason, or none at the end and status 500.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeAlias
 
+from max.pipelines.context import GenerationStatus
+from max.pipelines.modeling.types import RequestID
 from max.serve.pipelines.llm import TokenGeneratorOutput
 
 Chunks: TypeAlias = AsyncGenerator[TokenGeneratorOutput, None]
@@ -51,21 +54,36 @@ class StopFilter:
         return text[: len(text) - held]
 
 
-def ended_at_stop(ask: Callable[..., Awaitable[Chunks]]) -> Callable[..., Awaitable[Chunks]]:
-    """`TokenGeneratorPipeline.next_token_chunk` whose chunks end with the one in which MAX finds a stop string."""
+def ended_at_stop(
+    ask: Callable[..., Awaitable[Chunks]], cancel: Callable[[RequestID], None]
+) -> Callable[..., Awaitable[Chunks]]:
+    """`TokenGeneratorPipeline.next_token_chunk` whose chunks end with the one in which a stop string is complete.
 
-    async def next_token_chunk(*args: Any, **options: Any) -> Chunks:
-        return _up_to_stop(await ask(*args, **options))
+    Args:
+        ask: The same without that.
+        cancel: Tells the worker to end a request.
+    """
+
+    async def next_token_chunk(request: Any, **options: Any) -> Chunks:
+        chunks = await ask(request, **options)
+        stops = request.sampling_params.stop
+        return _up_to_stop(chunks, stops, lambda: cancel(request.request_id)) if stops else chunks
 
     return next_token_chunk
 
 
-async def _up_to_stop(chunks: Chunks) -> Chunks:
+async def _up_to_stop(chunks: Chunks, stops: Sequence[str], cancel: Callable[[], None]) -> Chunks:
+    tail, tail_length = "", max(map(len, stops)) - 1
     async with aclosing(chunks):
         async for chunk in chunks:
-            yield chunk
-            if chunk.stop_sequence is not None:
+            text = tail + (chunk.decoded_tokens or "")
+            tail = text[len(text) - min(tail_length, len(text)) :]
+            found = min((stop for stop in stops if stop in text), key=text.index, default=None)
+            if found is not None:
+                cancel()
+                yield replace(chunk, status=GenerationStatus.END_OF_SEQUENCE, stop_sequence=found)
                 return
+            yield chunk
 
 
 async def without_stops(events: AsyncGenerator[Any], stops: Sequence[str]) -> AsyncGenerator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
@@ -92,24 +93,53 @@ def test_an_error_within_a_stream_passes() -> None:
     assert filtered([{"error": {"message": "x"}}], ["stop"]) == [{"error": {"message": "x"}}]
 
 
-def test_what_a_model_says_until_it_hears_of_the_stop_is_dropped() -> None:
-    closed = False
+def chunks_up_to_stop(texts: list[str], stops: list[str] | None) -> tuple[list[TokenGeneratorOutput], list[str]]:
+    """What of `texts` comes, and whether the source was closed and the request cancelled."""
+    told: list[str] = []
 
-    async def ask(request: str, *, parse_reasoning: bool) -> AsyncGenerator[TokenGeneratorOutput]:
+    async def ask(request: Any, *, parse_reasoning: bool) -> AsyncGenerator[TokenGeneratorOutput]:
         async def chunks() -> AsyncGenerator[TokenGeneratorOutput]:
-            nonlocal closed
             try:
-                for text, stop in (("a", None), ("stop", "stop"), ("late", None)):
-                    yield TokenGeneratorOutput(GenerationStatus.ACTIVE, decoded_tokens=text, stop_sequence=stop)
+                for text in texts:
+                    yield TokenGeneratorOutput(GenerationStatus.ACTIVE, decoded_tokens=text)
             finally:
-                closed = True
+                told.append("closed")
 
-        assert (request, parse_reasoning) == ("request", True)
+        assert parse_reasoning
         return chunks()
 
-    async def run() -> list[str | None]:
-        chunks = await ended_at_stop(ask)("request", parse_reasoning=True)
-        return [chunk.decoded_tokens async for chunk in chunks]
+    async def run() -> list[TokenGeneratorOutput]:
+        request = SimpleNamespace(request_id="cancelled", sampling_params=SimpleNamespace(stop=stops))
+        chunks = await ended_at_stop(ask, lambda request_id: told.append(str(request_id)))(
+            request, parse_reasoning=True
+        )
+        return [chunk async for chunk in chunks]
 
-    assert asyncio.run(run()) == ["a", "stop"]
-    assert closed
+    return asyncio.run(run()), told
+
+
+def test_what_a_model_says_until_it_hears_of_the_stop_is_dropped() -> None:
+    got, told = chunks_up_to_stop(["a", "st", "op", "late"], ["nowhere", "stop"])
+    assert [chunk.decoded_tokens for chunk in got] == ["a", "st", "op"]
+    assert [chunk.stop_sequence for chunk in got] == [None, None, "stop"]
+    assert got[-1].status == GenerationStatus.END_OF_SEQUENCE
+    assert told == ["cancelled", "closed"]
+
+
+def test_a_stop_is_seen_in_a_chunk_of_any_length() -> None:
+    got, _ = chunks_up_to_stop(["x" * 100 + "stop" + "x" * 100, "late"], ["stop"])
+    assert [chunk.stop_sequence for chunk in got] == ["stop"]
+
+
+@given(pieces, stops)
+def test_the_chunks_end_with_the_one_that_completes_a_stop(pieces: list[str], stops: list[str]) -> None:
+    got, told = chunks_up_to_stop(pieces, stops)
+    assert [chunk.decoded_tokens for chunk in got] == up_to_a_stop(pieces, stops)
+    stopped = any(stop in "".join(pieces) for stop in stops)
+    assert told == ["cancelled", "closed"][not stopped :]
+
+
+def test_without_stops_nothing_is_dropped() -> None:
+    got, told = chunks_up_to_stop(["a", "stop", "b"], None)
+    assert [chunk.decoded_tokens for chunk in got] == ["a", "stop", "b"]
+    assert told == ["closed"]
