@@ -41,7 +41,8 @@ test: lint
 
 # The graph for several devices: run on the CPU, compiled for GPUs of each kind. Takes an hour or more, and no GPU.
 test-long: $(VENV)/test-installed
-	STEP3P5_LONG_TESTS=1 $(BIN)/python -m pytest tests/test_parallel_graph.py tests/test_gpu_compile.py
+	STEP3P5_LONG_TESTS=1 $(BIN)/python -m pytest tests/test_parallel_graph.py tests/test_gpu_compile.py \
+		tests/test_speculation_long.py
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

@@ -18,7 +18,7 @@ from speculation_harness import generate, load, request
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 
-pytestmark = pytest.mark.skipif("STEP3P5_LONG_TESTS" not in os.environ, reason="set STEP3P5_LONG_TESTS=1 to run")
+pytestmark = pytest.mark.skipif("STEP3P5_LONG_TESTS" not in os.environ, reason="minutes: make test-long")
 
 NUM_PROMPTS, NEW_TOKENS, DEPTH = 64, 256, 3
 
