@@ -79,8 +79,9 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
     handler = HANDLERS[endpoint]
     if not isinstance(pipeline.tokenizer, Step3p5Tokenizer):
         return await handler(request)
-    ask, cancel = pipeline.next_token_chunk, pipeline.model_worker.cancel
-    vars(pipeline).setdefault("next_token_chunk", taken_down(ended_at_stop(cancelled_for_sure(ask, cancel), cancel)))
+    if "next_token_chunk" not in vars(pipeline):  # once a server
+        ask, cancel = pipeline.next_token_chunk, pipeline.model_worker.cancel
+        pipeline.next_token_chunk = taken_down(ended_at_stop(cancelled_for_sure(ask, cancel), cancel))
     loras = pipeline.lora_queue.list_loras() if pipeline.lora_queue else []
     try:
         fields = check_request(await request.body(), endpoint, [pipeline.model_name, *loras])

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from harness import Runner, edit_head, write_checkpoint
+from harness import Runner, silence_unknown, write_checkpoint
 from reference import Reference
 from server import LONG_FORM, Server
-from tokenizers import Tokenizer
 
 STEADY_SEED = 3
 SEED = int(os.environ.get("STEP3P5_TEST_SEED", secrets.randbelow(1 << 31)))
@@ -58,12 +56,7 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `tiny` that is the same in every session: for what servers do with a model's words, where a fresh one may have
     nothing to say but special tokens. What its tokenizer does not know, which a server never samples, is never best."""
     folder = write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "steady", seed=STEADY_SEED)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-    def silence(head: npt.NDArray[np.float32]) -> None:
-        head[tokenizer.get_vocab_size() :] = 0
-
-    edit_head(folder, silence)
+    silence_unknown(folder)
     return folder
 
 

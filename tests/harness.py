@@ -14,6 +14,7 @@ from max.pipelines.lib.generate import GenerateIterator
 from max.pipelines.modeling.types import RequestID
 from reference import Reference
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
@@ -44,6 +45,16 @@ def edit_head(checkpoint: Path, edit: Callable[[npt.NDArray[np.float32]], None])
     tensors = load_file(file)
     edit(tensors["lm_head.weight"])
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def silence_unknown(checkpoint: Path) -> None:
+    """Zeroes the head's rows of what the tokenizer does not know, which a server never samples: none is ever best."""
+    known = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab_size()
+
+    def silence(head: npt.NDArray[np.float32]) -> None:
+        head[known:] = 0
+
+    edit_head(checkpoint, silence)
 
 
 def clear_prompt(reference: Reference, rng: np.random.Generator, length: int) -> Prompt:

@@ -14,16 +14,14 @@ from typing import Any
 
 import httpx
 import numpy as np
-import numpy.typing as npt
 import pytest
 from conftest import STEADY_SEED
 from greedy import assert_equal_but_for_ties
-from harness import FIRST_TEXT_TOKEN, Prompt, edit_head
+from harness import FIRST_TEXT_TOKEN, Prompt, silence_unknown
 from openai import AsyncOpenAI
 from reference import Reference
 from safetensors.numpy import load_file, save_file
 from server import CHUNK, LONG_FORM, Server, wait_for
-from tokenizers import Tokenizer
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.config_parser import parse_model_config
@@ -35,6 +33,10 @@ COMMON = (*LONG_FORM, "--host", "127.0.0.1")
 DRAFTING = (*COMMON, "--speculative-method", "mtp", "--num-speculative-tokens", "3")
 CACHING = ("--enable-prefix-caching",)
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
+NO_THOUGHT = {"chat_template_kwargs": {"enable_thinking": False}}
+CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "place", "schema": CITY}}
 
 
 class ChattyServer(Server):
@@ -44,23 +46,12 @@ class ChattyServer(Server):
         return super().environment() | {"MAX_SERVE_SCHEDULER_STATS_LOG_INTERVAL_S": "0"}
 
 
-NO_THOUGHT = {"chat_template_kwargs": {"enable_thinking": False}}
-CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "place", "schema": CITY}}
-
-
 @pytest.fixture(scope="module")
 def predictable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `tiny` checkpoint whose drafts are right more often than not, and whose best token the tokenizer knows."""
     folder = tmp_path_factory.mktemp("predictable") / "tiny"
     write_random_checkpoint(folder, "tiny", None, CheckpointDtype.FLOAT32, STEADY_SEED, predictable=AGREEMENT)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-    def silence(head: npt.NDArray[np.float32]) -> None:
-        head[tokenizer.get_vocab_size() :] = 0
-
-    edit_head(folder, silence)
+    silence_unknown(folder)
     return folder
 
 
