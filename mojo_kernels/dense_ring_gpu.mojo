@@ -16,12 +16,19 @@ from max.gpu.memory import external_memory, fence_mbarrier_init
 from std.memory import unsafe_stack_allocation
 from std.utils.static_tuple import StaticTuple
 
-from .grouped_ring_gpu import Barriers, SharedTile
 from .grouped_tiles_gpu import TILE_K, TILE_M
 
 comptime BF16 = DType.bfloat16
 
 comptime SWIZZLE = TensorMapSwizzle.SWIZZLE_128B
+
+comptime SharedTile = Pointer[
+    BFloat16, MutUntrackedOrigin, address_space=AddressSpace.SHARED
+]
+
+comptime Barriers = Pointer[
+    SharedMemBarrier, MutUntrackedOrigin, address_space=AddressSpace.SHARED
+]
 
 comptime MULTIPLIERS = 256
 """Threads that multiply: two groups of 64 weight rows. The warp behind them loads."""
@@ -194,6 +201,40 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
                 to,
                 self.full[unsafe_offset=self.stage],
                 at,
+                UInt16((1 << Self.SHARERS) - 1),
+            )
+
+    @always_inline
+    def load_box[
+        TOKENS: Int, shape: Coord, desc: Coord
+    ](
+        self,
+        x: TMATensorTile[BF16, shape, desc],
+        box: Int,
+        token: Int,
+        column: Int,
+    ):
+        """The calling thread starts the copy of a box of `TOKENS` tokens to every block of the cluster.
+
+        Args:
+            x: Tokens `[T, K]`.
+            box: Index of the box among the stage's.
+            token: First token of the box; tokens behind the last become zero.
+            column: First column, likewise.
+        """
+        var to = TileTensor(
+            self.tokens().unsafe_offset(box * TOKENS * TILE_K),
+            row_major[TOKENS, TILE_K](),
+        )
+        comptime if Self.SHARERS == 1:
+            x.async_copy(
+                to, self.full[unsafe_offset=self.stage], (column, token)
+            )
+        else:
+            x.async_multicast_load(
+                to,
+                self.full[unsafe_offset=self.stage],
+                (column, token),
                 UInt16((1 << Self.SHARERS) - 1),
             )
 

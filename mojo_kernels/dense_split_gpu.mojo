@@ -34,11 +34,11 @@ from .dense_ring_gpu import (
     LOADER,
     MULTIPLIERS,
     SWIZZLE,
+    SharedTile,
     Sums,
     THREADS,
 )
 from .grouped_pairs_gpu import store_transposed
-from .grouped_ring_gpu import SharedTile
 from .grouped_tiles_gpu import TILE_K, TILE_M
 from .operands import Elements, elements
 from .tasks import share

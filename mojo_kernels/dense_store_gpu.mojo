@@ -8,7 +8,7 @@ from std.utils.static_tuple import StaticTuple
 
 from .dense_output_gpu import PairedOutput, Quad
 from .dense_ring_gpu import Sums
-from .grouped_ring_gpu import SharedTile
+from .dense_ring_gpu import SharedTile
 from .operands import Elements
 
 comptime STAGED_TOKENS = 64

@@ -2,6 +2,12 @@
 
 from max.gpu import block_idx, thread_idx
 from max.gpu.host import DeviceContext
+from max.gpu.primitives.grid_controls import (
+    PDLLevel,
+    launch_dependent_grids,
+    pdl_launch_attributes,
+    wait_on_dependent_grids,
+)
 from std.math import ceildiv
 
 from .operands import Elements, Floats
@@ -26,6 +32,8 @@ def combine_gpu[
     """`y[t, begin + c] = sum_k weights[t, k] * parts[t * K + k, c]`, in the order of k: a block is a token's piece of
     columns.
     """
+    wait_on_dependent_grids()
+    launch_dependent_grids()
     var c = (Int(block_idx.y) * THREADS + Int(thread_idx.x)) * WIDTH
     if c >= Int(columns):
         return
@@ -76,5 +84,6 @@ def launch_combine[
                 Int32(begin),
                 grid_dim=(tokens, ceildiv(columns, THREADS * WIDTH)),
                 block_dim=THREADS,
+                attributes=pdl_launch_attributes(PDLLevel.ON),
             )
             return

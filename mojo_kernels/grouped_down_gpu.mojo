@@ -3,14 +3,15 @@
 from layout import Coord, TileTensor, row_major
 from layout.tma_async import TMATensorTile, create_tma_tile
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, lane_id
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext, Dim, FuncAttribute
+from max.gpu.primitives.grid_controls import PDLLevel, pdl_launch_attributes
 from std.math import ceildiv
 from std.utils.static_tuple import StaticTuple
 
+from .dense_ring_gpu import BF16, DenseRing, SWIZZLE, Sums, THREADS
 from .grouped_pairs_gpu import Pair, store_transposed
-from .grouped_ring_gpu import Ring
 from .grouped_tiles_gpu import TILE_K, TILE_M, TileWalk
-from .grouped_wgmma_gpu import BF16, Grouped, SWIZZLE, Sums, THREADS, run_tiles
+from .grouped_wgmma_gpu import Grouped, run_tiles
 from .operands import Elements, Ids, elements
 
 
@@ -21,17 +22,13 @@ struct DownProduct(Grouped, ImplicitlyCopyable):
 
     comptime BOX_ROWS = TILE_M
     comptime TENSORS = 1
+    comptime BOX_TOKENS = 8
 
     var parts: Elements[BF16]
     """`[T * K, end - begin]`"""
-    var act: Elements[BF16]
     var rows: Ids
     var begin: Int
     var end: Int
-
-    @always_inline
-    def source(self) -> Elements[BF16]:
-        return self.act
 
     @always_inline
     def source_row(self, slot: Int) -> Int:
@@ -65,14 +62,21 @@ struct DownProduct(Grouped, ImplicitlyCopyable):
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
 @__llvm_arg_metadata(down, `nvvm.grid_constant`)
+@__llvm_arg_metadata(act, `nvvm.grid_constant`)
 def down_wgmma[
-    MAX_N: Int, STAGES: Int, shape: Coord, desc: Coord
+    MAX_N: Int,
+    STAGES: Int,
+    SHARERS: Int,
+    w_shape: Coord,
+    w_desc: Coord,
+    x_shape: Coord,
+    x_desc: Coord,
 ](
     parts: Pointer[BFloat16, MutAnyOrigin],
-    act: Pointer[BFloat16, MutAnyOrigin],
     rows: Pointer[Int32, MutAnyOrigin],
     offsets: Pointer[Int32, MutAnyOrigin],
-    down: TMATensorTile[BF16, shape, desc],
+    down: TMATensorTile[BF16, w_shape, w_desc],
+    act: TMATensorTile[BF16, x_shape, x_desc],
     experts: Int32,
     hidden_size: Int32,
     intermediate_size: Int32,
@@ -81,10 +85,9 @@ def down_wgmma[
 ):
     """Writes `parts [T * K, end - begin]`; see `run_tiles`. `begin` is a multiple of `TILE_M`.
     """
-    run_tiles[G=DownProduct, MAX_N=MAX_N, STAGES=STAGES](
+    run_tiles[G=DownProduct, MAX_N=MAX_N, STAGES=STAGES, SHARERS=SHARERS](
         DownProduct(
             elements(parts),
-            elements(act),
             elements(rows),
             Int(begin),
             Int(end),
@@ -92,10 +95,11 @@ def down_wgmma[
         TileWalk[MAX_N](
             elements(offsets),
             Int(experts),
-            ceildiv(Int(end - begin), TILE_M),
+            ceildiv(Int(end - begin), SHARERS * TILE_M),
         ),
         down,
         down,
+        act,
         Int(hidden_size),
         Int(begin) // TILE_M,
         Int(intermediate_size),
@@ -103,43 +107,55 @@ def down_wgmma[
 
 
 def launch_down_wgmma[
-    MAX_N: Int, STAGES: Int
+    MAX_N: Int, STAGES: Int, SHARERS: Int
 ](
     product: DownProduct,
+    act: Elements[BF16],
     down: Elements[BF16],
     offsets: Ids,
+    assignments: Int,
     experts: Int,
     hidden_size: Int,
     intermediate_size: Int,
     ctx: DeviceContext,
 ) raises:
     """Enqueues `down_wgmma` for experts of mostly up to `MAX_N` tokens."""
-    comptime BYTES = Ring[MAX_N, STAGES].BYTES
+    comptime BYTES = DenseRing[MAX_N, STAGES, SHARERS].BYTES
+    var shape = Coord(experts * hidden_size, intermediate_size)
     var down_tma = create_tma_tile[
         DownProduct.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE
-    ](
-        ctx,
-        TileTensor(
-            down, row_major(Coord(experts * hidden_size, intermediate_size))
-        ),
-    )
-    comptime Map = type_of(down_tma)
-    comptime kernel = down_wgmma[MAX_N, STAGES, Map.tile_shape, Map.desc_shape]
+    ](ctx, TileTensor(down, row_major(shape)))
+    var act_tma = create_tma_tile[
+        DownProduct.BOX_TOKENS, TILE_K, swizzle_mode=SWIZZLE
+    ](ctx, TileTensor(act, row_major(Coord(assignments, intermediate_size))))
+    comptime W = type_of(down_tma)
+    comptime X = type_of(act_tma)
+    comptime kernel = down_wgmma[
+        MAX_N,
+        STAGES,
+        SHARERS,
+        W.tile_shape,
+        W.desc_shape,
+        X.tile_shape,
+        X.desc_shape,
+    ]
     ctx.enqueue_function[kernel](
         product.parts,
-        product.act,
         product.rows,
         offsets,
         down_tma,
+        act_tma,
         Int32(experts),
         Int32(hidden_size),
         Int32(intermediate_size),
         Int32(product.begin),
         Int32(product.end),
-        grid_dim=ctx.default_device_info.sm_count,
+        grid_dim=ctx.default_device_info.sm_count // SHARERS * SHARERS,
         block_dim=THREADS,
+        cluster_dim=Dim(SHARERS),
         shared_mem_bytes=BYTES,
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(BYTES)
         ),
+        attributes=pdl_launch_attributes(PDLLevel.ON),
     )

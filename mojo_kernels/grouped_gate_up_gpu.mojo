@@ -3,14 +3,15 @@
 from layout import Coord, TileTensor, row_major
 from layout.tma_async import TMATensorTile, create_tma_tile
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, lane_id
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext, Dim, FuncAttribute
+from max.gpu.primitives.grid_controls import PDLLevel, pdl_launch_attributes
 from std.math import ceildiv, exp, recip
 from std.utils.static_tuple import StaticTuple
 
+from .dense_ring_gpu import BF16, DenseRing, SWIZZLE, Sums, THREADS
 from .grouped_pairs_gpu import Pair, store_transposed
-from .grouped_ring_gpu import Ring
 from .grouped_tiles_gpu import TILE_K, TILE_M, TileWalk
-from .grouped_wgmma_gpu import BF16, Grouped, SWIZZLE, Sums, THREADS, run_tiles
+from .grouped_wgmma_gpu import Grouped, run_tiles
 from .operands import Elements, Ids, elements
 
 
@@ -21,17 +22,13 @@ struct GateUpProduct(Grouped, ImplicitlyCopyable):
 
     comptime BOX_ROWS = 8
     comptime TENSORS = 2
+    comptime BOX_TOKENS = 1
 
     var act: Elements[BF16]
-    var x: Elements[BF16]
     var rows: Ids
     var top_k: Int
     var intermediate_size: Int
     var limit: Float32
-
-    @always_inline
-    def source(self) -> Elements[BF16]:
-        return self.x
 
     @always_inline
     def source_row(self, slot: Int) -> Int:
@@ -71,15 +68,22 @@ struct GateUpProduct(Grouped, ImplicitlyCopyable):
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
 @__llvm_arg_metadata(gate, `nvvm.grid_constant`)
 @__llvm_arg_metadata(up, `nvvm.grid_constant`)
+@__llvm_arg_metadata(x, `nvvm.grid_constant`)
 def gate_up_wgmma[
-    MAX_N: Int, STAGES: Int, shape: Coord, desc: Coord
+    MAX_N: Int,
+    STAGES: Int,
+    SHARERS: Int,
+    w_shape: Coord,
+    w_desc: Coord,
+    x_shape: Coord,
+    x_desc: Coord,
 ](
     act: Pointer[BFloat16, MutAnyOrigin],
-    x: Pointer[BFloat16, MutAnyOrigin],
     rows: Pointer[Int32, MutAnyOrigin],
     offsets: Pointer[Int32, MutAnyOrigin],
-    gate: TMATensorTile[BF16, shape, desc],
-    up: TMATensorTile[BF16, shape, desc],
+    gate: TMATensorTile[BF16, w_shape, w_desc],
+    up: TMATensorTile[BF16, w_shape, w_desc],
+    x: TMATensorTile[BF16, x_shape, x_desc],
     experts: Int32,
     top_k: Int32,
     hidden_size: Int32,
@@ -87,11 +91,10 @@ def gate_up_wgmma[
     limit: Float32,
 ):
     """Writes `act [T * K, M]`; see `run_tiles`."""
-    comptime ROWS = TILE_M // GateUpProduct.TENSORS
-    run_tiles[G=GateUpProduct, MAX_N=MAX_N, STAGES=STAGES](
+    comptime ROWS = SHARERS * TILE_M // GateUpProduct.TENSORS
+    run_tiles[G=GateUpProduct, MAX_N=MAX_N, STAGES=STAGES, SHARERS=SHARERS](
         GateUpProduct(
             elements(act),
-            elements(x),
             elements(rows),
             Int(top_k),
             Int(intermediate_size),
@@ -104,6 +107,7 @@ def gate_up_wgmma[
         ),
         gate,
         up,
+        x,
         Int(intermediate_size),
         0,
         Int(hidden_size),
@@ -111,18 +115,20 @@ def gate_up_wgmma[
 
 
 def launch_gate_up_wgmma[
-    MAX_N: Int, STAGES: Int
+    MAX_N: Int, STAGES: Int, SHARERS: Int
 ](
     product: GateUpProduct,
+    x: Elements[BF16],
     gate: Elements[BF16],
     up: Elements[BF16],
     offsets: Ids,
+    tokens: Int,
     experts: Int,
     hidden_size: Int,
     ctx: DeviceContext,
 ) raises:
     """Enqueues `gate_up_wgmma` for experts of mostly up to `MAX_N` tokens."""
-    comptime BYTES = Ring[MAX_N, STAGES].BYTES
+    comptime BYTES = DenseRing[MAX_N, STAGES, SHARERS].BYTES
     var shape = Coord(experts * product.intermediate_size, hidden_size)
     var gate_tma = create_tma_tile[
         GateUpProduct.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE
@@ -130,26 +136,38 @@ def launch_gate_up_wgmma[
     var up_tma = create_tma_tile[
         GateUpProduct.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE
     ](ctx, TileTensor(up, row_major(shape)))
-    comptime Map = type_of(gate_tma)
+    var x_tma = create_tma_tile[
+        GateUpProduct.BOX_TOKENS, TILE_K, swizzle_mode=SWIZZLE
+    ](ctx, TileTensor(x, row_major(Coord(tokens, hidden_size))))
+    comptime W = type_of(gate_tma)
+    comptime X = type_of(x_tma)
     comptime kernel = gate_up_wgmma[
-        MAX_N, STAGES, Map.tile_shape, Map.desc_shape
+        MAX_N,
+        STAGES,
+        SHARERS,
+        W.tile_shape,
+        W.desc_shape,
+        X.tile_shape,
+        X.desc_shape,
     ]
     ctx.enqueue_function[kernel](
         product.act,
-        product.x,
         product.rows,
         offsets,
         gate_tma,
         up_tma,
+        x_tma,
         Int32(experts),
         Int32(product.top_k),
         Int32(hidden_size),
         Int32(product.intermediate_size),
         product.limit,
-        grid_dim=ctx.default_device_info.sm_count,
+        grid_dim=ctx.default_device_info.sm_count // SHARERS * SHARERS,
         block_dim=THREADS,
+        cluster_dim=Dim(SHARERS),
         shared_mem_bytes=BYTES,
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(BYTES)
         ),
+        attributes=pdl_launch_attributes(PDLLevel.ON),
     )

@@ -22,6 +22,15 @@ comptime FEW_TOKENS = 768
 comptime MANY_TOKENS = 3072
 """From so many tokens on, tiles of 256 columns."""
 
+comptime FEW_SHARERS = 1
+"""Blocks of a cluster that share an expert's tokens, up to `FEW_TOKENS`."""
+
+comptime MIDDLE_SHARERS = 2
+"""Likewise between `FEW_TOKENS` and `MANY_TOKENS`."""
+
+comptime MANY_SHARERS = 2
+"""Likewise from `MANY_TOKENS` on."""
+
 
 def gate_up_grouped(
     act: BFloats,
@@ -61,20 +70,28 @@ def gate_up_grouped(
     comptime if ctx.default_device_info.compute == 9.0:
         if hidden_size % 8 == 0 and intermediate_size % 8 == 0:
             var product = GateUpProduct(
-                act, x, rows, top_k, intermediate_size, bound
+                act, rows, top_k, intermediate_size, bound
             )
+
+            def launch[width: Int, stages: Int, sharers: Int]() raises {imm}:
+                launch_gate_up_wgmma[width, stages, sharers](
+                    product,
+                    x,
+                    gate,
+                    up,
+                    offsets,
+                    tokens,
+                    experts,
+                    hidden_size,
+                    ctx,
+                )
+
             if tokens <= FEW_TOKENS:
-                launch_gate_up_wgmma[64, 9](
-                    product, gate, up, offsets, experts, hidden_size, ctx
-                )
+                launch[64, 9, FEW_SHARERS]()
             elif tokens < MANY_TOKENS:
-                launch_gate_up_wgmma[128, 6](
-                    product, gate, up, offsets, experts, hidden_size, ctx
-                )
+                launch[128, 6, MIDDLE_SHARERS]()
             else:
-                launch_gate_up_wgmma[256, 4](
-                    product, gate, up, offsets, experts, hidden_size, ctx
-                )
+                launch[256, 4, MANY_SHARERS]()
             return
     launch_gate_up_plain(
         act,
@@ -149,10 +166,12 @@ def down_grouped[
     for begin in range(0, hidden_size, columns):
         var end = min(begin + columns, hidden_size)
         _down_parts(
-            DownProduct(parts, act, rows, begin, end),
+            DownProduct(parts, rows, begin, end),
+            act,
             down,
             offsets,
             tokens,
+            top_k,
             experts,
             hidden_size,
             intermediate_size,
@@ -174,9 +193,11 @@ def down_grouped[
 
 def _down_parts(
     product: DownProduct,
+    act: BFloats,
     down: BFloats,
     offsets: Ids,
     tokens: Int,
+    top_k: Int,
     experts: Int,
     hidden_size: Int,
     intermediate_size: Int,
@@ -185,40 +206,30 @@ def _down_parts(
     """The products of all assignments in some columns, `product.parts`."""
     comptime if ctx.default_device_info.compute == 9.0:
         if intermediate_size % 8 == 0:
+
+            def launch[width: Int, stages: Int, sharers: Int]() raises {imm}:
+                launch_down_wgmma[width, stages, sharers](
+                    product,
+                    act,
+                    down,
+                    offsets,
+                    tokens * top_k,
+                    experts,
+                    hidden_size,
+                    intermediate_size,
+                    ctx,
+                )
+
             if tokens <= FEW_TOKENS:
-                launch_down_wgmma[64, 9](
-                    product,
-                    down,
-                    offsets,
-                    experts,
-                    hidden_size,
-                    intermediate_size,
-                    ctx,
-                )
+                launch[64, 9, FEW_SHARERS]()
             elif tokens < MANY_TOKENS:
-                launch_down_wgmma[128, 6](
-                    product,
-                    down,
-                    offsets,
-                    experts,
-                    hidden_size,
-                    intermediate_size,
-                    ctx,
-                )
+                launch[128, 6, MIDDLE_SHARERS]()
             else:
-                launch_down_wgmma[256, 4](
-                    product,
-                    down,
-                    offsets,
-                    experts,
-                    hidden_size,
-                    intermediate_size,
-                    ctx,
-                )
+                launch[256, 4, MANY_SHARERS]()
             return
     launch_down_plain(
         product.parts,
-        product.act,
+        act,
         down,
         product.rows,
         offsets,

@@ -12,6 +12,7 @@ from .batch_processor import Step3p5BatchProcessor
 from .model import Step3p5Model
 from .model_config import Step3p5Config
 from .parsers import PARSER_NAME
+from .pipelines import Step3p5Pipeline
 from .precision import allow_bfloat16_on_cpus
 from .speculation.arch import mtp_speculator
 from .tokenizer import Step3p5Tokenizer
@@ -34,6 +35,7 @@ step3p5_arch = SupportedArchitecture(
     batching=Step3p5BatchProcessor,
     multi_gpu_supported=True,
     memory_planner=PagedMemoryPlanner,
+    pipeline_cls=Step3p5Pipeline,
     reasoning_parser=PARSER_NAME,
     tool_parser=PARSER_NAME,
     required_arguments={"emit_reasoning_content": True},  # the field that this model's clients read
