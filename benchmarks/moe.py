@@ -34,10 +34,10 @@ if "compile" in sys.argv[1:2]:
 
 from max.driver import Accelerator
 from max.engine import InferenceSession
-from max.graph import KernelLibrary
 from moe_graphs import GRAPHS, REPEATS
 
 from step3p5 import custom_ops
+from step3p5.kernel_package import compiled_package, kernels_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def kernels_with(constants: tuple[str, ...]) -> Iterator[None]:
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "mojo_kernels"
-        shutil.copytree(custom_ops.kernels_path(), copy)
+        shutil.copytree(kernels_path(), copy)
         for constant in constants:
             file, name, value = re.split(r"[.=]", constant)
             text = (copy / f"{file}.mojo").read_text()
@@ -75,15 +75,12 @@ def kernels_with(constants: tuple[str, ...]) -> Iterator[None]:
             if count != 1:
                 raise ValueError(f"--set {constant}: {file}.mojo has {count} lines 'comptime {name} = …', expected 1")
             (copy / f"{file}.mojo").write_text(text)
-        library = KernelLibrary()
-        library.load_paths([copy])
-        packages = tuple(library.library_paths())
-        original = custom_ops.compiled_kernels
-        custom_ops.compiled_kernels = lambda: packages  # type: ignore[assignment]
+        before = custom_ops.compiled_kernels()
+        custom_ops.use_kernels(compiled_package(copy))
         try:
             yield
         finally:
-            custom_ops.compiled_kernels = original
+            custom_ops.use_kernels(*before)
 
 
 def compile_variants(folder: Path, variants: dict[str, Variant]) -> None:

@@ -46,6 +46,27 @@ def experts_graph(repeats: int) -> Graph:
     return graph
 
 
+def layer_graph(repeats: int) -> Graph:
+    """(router, bias, gate, up, down, shared gate, up and down, then x of every launch) -> y of every launch."""
+    types = [TensorType(BF16, (EXPERTS, HIDDEN), GPU), TensorType(F32, (EXPERTS,), GPU)]
+    types += 2 * [TensorType(BF16, (EXPERTS, WIDTH, HIDDEN), GPU)] + [TensorType(BF16, (EXPERTS, HIDDEN, WIDTH), GPU)]
+    types += 2 * [TensorType(BF16, (WIDTH, HIDDEN), GPU)] + [TensorType(BF16, (HIDDEN, WIDTH), GPU)]
+    types += repeats * [TensorType(BF16, ("T", HIDDEN), GPU)]
+    with Graph("layer", input_types=types) as graph:
+        router, bias, gate, up, down, *shared = (value.tensor for value in graph.inputs[:8])
+        outputs = []
+        for x in (value.tensor for value in graph.inputs[8:]):
+            logits = kernels.linear(x, router, dtype=F32)
+            chosen = kernels.assign(logits, bias, top_k=TOP_K, normalize=True, scale=SCALE)
+            act, shared_act = kernels.gate_up_shared(
+                x, gate, up, shared[0], shared[1], chosen.rows, chosen.offsets, no_limit(), no_limit()
+            )
+            operands = (act, down, shared_act, shared[2], chosen.rows, chosen.offsets, chosen.weights)
+            outputs.append(kernels.down_shared(*operands))
+        graph.output(*outputs)
+    return graph
+
+
 def route_graph(repeats: int) -> Graph:
     """(bias, then logits of every launch) -> ids and weights of every launch."""
     types = [TensorType(F32, (EXPERTS,), GPU), *repeats * [TensorType(F32, ("T", EXPERTS), GPU)]]
@@ -66,6 +87,7 @@ def group_graph(repeats: int) -> Graph:
 
 GRAPHS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "experts": (experts_graph, tuple(REPEATS.values())),
+    "layer": (layer_graph, (REPEATS[16],)),
     "route": (route_graph, (REPEATS[16],)),
     "group": (group_graph, (REPEATS[16],)),
 }

@@ -10,8 +10,13 @@ from .dense_gpu import (
     linear_dense_float32,
     swiglu_dense,
 )
-from .down_gpu import down_fits, down_stream
-from .gate_up_gpu import gate_up_fits, gate_up_stream, swiglu_stream
+from .down_gpu import SharedDown, down_fits, down_stream
+from .gate_up_gpu import (
+    SharedGateUp,
+    gate_up_fits,
+    gate_up_stream,
+    swiglu_stream,
+)
 from .grouped_gpu import down_grouped, gate_up_grouped
 from .linear_gpu import MATRICES, linear_fits, linear_stream
 from .operands import Elements, Floats, Ids
@@ -53,14 +58,23 @@ def gate_up_gpu[
     hidden_size: Int,
     intermediate_size: Int,
     limit: Float32,
+    shared_act: Elements[act_dtype],
+    shared_gate: Elements[dtype],
+    shared_up: Elements[dtype],
+    shared_size: Int,
+    shared_limit: Float32,
     ctx: DeviceContext,
 ) raises:
-    """The experts' first half: see `step3p5_moe_gate_up`."""
+    """The experts' first half, and that of a shared expert unless `shared_size` is 0: see `step3p5_moe_gate_up` and
+    `step3p5_moe_gate_up_shared`.
+    """
     comptime if x_dtype == BF16 and dtype == BF16 and act_dtype == BF16:
         comptime if ctx.default_device_info.api == "cuda":
-            if gate_up_fits(
-                hidden_size, intermediate_size, experts
-            ) and not prefer_grouped(tokens, ctx):
+            if (
+                gate_up_fits(hidden_size, intermediate_size, experts)
+                and gate_up_fits(hidden_size, shared_size, 1)
+                and not prefer_grouped(tokens, ctx)
+            ):
                 return gate_up_stream(
                     act,
                     rebind[BFloats](x),
@@ -74,9 +88,16 @@ def gate_up_gpu[
                     hidden_size,
                     intermediate_size,
                     limit,
+                    SharedGateUp[act_dtype](
+                        shared_act,
+                        rebind[BFloats](shared_gate),
+                        rebind[BFloats](shared_up),
+                        shared_size,
+                        shared_limit,
+                    ),
                     ctx,
                 )
-        return gate_up_grouped(
+        gate_up_grouped(
             rebind[BFloats](act),
             rebind[BFloats](x),
             rebind[BFloats](gate),
@@ -107,6 +128,18 @@ def gate_up_gpu[
             limit,
             ctx,
         )
+    if shared_size > 0:
+        swiglu_gpu(
+            shared_act,
+            x,
+            shared_gate,
+            shared_up,
+            tokens,
+            hidden_size,
+            shared_size,
+            shared_limit,
+            ctx,
+        )
 
 
 def down_gpu[
@@ -123,14 +156,21 @@ def down_gpu[
     experts: Int,
     hidden_size: Int,
     intermediate_size: Int,
+    shared_act: Elements[act_dtype],
+    shared_down: Elements[dtype],
+    shared_size: Int,
     ctx: DeviceContext,
 ) raises:
-    """The experts' second half: see `step3p5_moe_down`."""
+    """The experts' second half, upon that of a shared expert unless `shared_size` is 0: see `step3p5_moe_down` and
+    `step3p5_moe_down_shared`.
+    """
     comptime if act_dtype == BF16 and dtype == BF16:
         comptime if ctx.default_device_info.api == "cuda":
-            if down_fits(
-                tokens, hidden_size, intermediate_size, experts
-            ) and not prefer_grouped(tokens, ctx):
+            if (
+                down_fits(tokens, hidden_size, intermediate_size, experts)
+                and down_fits(tokens, hidden_size, shared_size, 1)
+                and not prefer_grouped(tokens, ctx)
+            ):
                 return down_stream(
                     y,
                     rebind[BFloats](act),
@@ -143,23 +183,56 @@ def down_gpu[
                     experts,
                     hidden_size,
                     intermediate_size,
+                    SharedDown(
+                        rebind[BFloats](shared_act),
+                        rebind[BFloats](shared_down),
+                        shared_size,
+                    ),
                     ctx,
                 )
         if hidden_size % 8 == 0:
-            return down_grouped(
-                y,
-                rebind[BFloats](act),
-                rebind[BFloats](down),
-                rows,
-                offsets,
-                weights,
+
+            def grouped[based: Bool](base: BFloats) raises {imm}:
+                down_grouped[based](
+                    y,
+                    base,
+                    rebind[BFloats](act),
+                    rebind[BFloats](down),
+                    rows,
+                    offsets,
+                    weights,
+                    tokens,
+                    top_k,
+                    experts,
+                    hidden_size,
+                    intermediate_size,
+                    ctx,
+                )
+
+            if shared_size == 0:
+                return grouped[False](rebind[BFloats](act))
+            var buffer = ctx.enqueue_create_buffer[BF16](tokens * hidden_size)
+            var base = buffer.unsafe_ptr().unsafe_origin_cast[
+                MutUntrackedOrigin
+            ]()
+            linear_gpu(
+                base,
+                rebind[BFloats](shared_act),
+                rebind[BFloats](shared_down),
                 tokens,
-                top_k,
-                experts,
+                shared_size,
                 hidden_size,
-                intermediate_size,
                 ctx,
             )
+            grouped[True](base)
+            _ = buffer^
+            return
+    if shared_size > 0:
+        raise Error(
+            "step3p5_moe_down_shared: found other types than bfloat16, or a"
+            " hidden size that is no multiple of 8; expected both, or"
+            " step3p5_moe_down and a shared expert beside it"
+        )
     down_plain(
         y,
         act,

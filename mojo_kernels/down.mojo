@@ -203,5 +203,8 @@ struct Step3p5MoeDown:
                 down.dim_size(0),
                 y.dim_size(1),
                 act.dim_size(1),
+                elements(act.unsafe_ptr()),
+                elements(down.unsafe_ptr()),
+                0,
                 ctx,
             )

@@ -63,6 +63,8 @@ def down_stream_gpu[
     y: Elements[dtype],
     act: BFloats,
     down: BFloats,
+    shared_act: BFloats,
+    shared_down: BFloats,
     rows: Ids,
     offsets: Ids,
     weights: Floats,
@@ -71,8 +73,9 @@ def down_stream_gpu[
     experts: Int32,
     hidden_size: Int32,
     intermediate_size: Int32,
+    shared_size: Int32,
 ):
-    """`y_t = sum_k weights[t, k] * (down_e act)`.
+    """`y_t = shared_down shared_act_t + sum_k weights[t, k] * (down_e act)`.
 
     The list of the experts is read before the preceding kernel has ended. That is sound because whatever wrote it
     ended before the activations' kernel began.
@@ -80,29 +83,67 @@ def down_stream_gpu[
     var columns = external_memory[
         Float32, address_space=AddressSpace.SHARED, alignment=16
     ]()
-    var depth = Int(intermediate_size)
     var first = Int(block_idx.x) * TILE_ROWS
-    var lane = (first + lane_row()) * depth + lane_column()
-    var matrix = Int(hidden_size) * depth
     var hits = HitList()
     hits.fill(offsets, Int(experts))
     var count = hits.count()
-    var at = down.unsafe_offset(hits.expert(0) * matrix + lane)
-    var pair = RowPair(at, at.unsafe_offset(8 * depth), depth)
+
+    @always_inline
+    def rows_of(matrix: BFloats, depth: Int) {imm} -> RowPair:
+        """The lane's place in the block's rows of a matrix."""
+        var at = matrix.unsafe_offset(
+            (first + lane_row()) * depth + lane_column()
+        )
+        return RowPair(at, at.unsafe_offset(8 * depth), depth)
+
+    @always_inline
+    def hit_rows(hit: Int) {imm} -> RowPair:
+        """The same of a hit expert; behind the last one nothing is read."""
+        var depth = Int(intermediate_size)
+        var expert = hits.expert(hit) if hit < count else 0
+        var pair = rows_of(
+            down.unsafe_offset(expert * Int(hidden_size) * depth), depth
+        )
+        if hit >= count:
+            pair.depth = 0
+        return pair
+
+    @always_inline
+    def add(token: Int, weight: Float32, low: Float32, high: Float32) {imm}:
+        """Adds to the lane's two columns of a token."""
+        var to = columns.unsafe_offset(token * TILE_ROWS + lane_row())
+        to[unsafe_offset=0] = fma(weight, low, to[unsafe_offset=0])
+        to[unsafe_offset=8] = fma(weight, high, to[unsafe_offset=8])
+
+    var pair = hit_rows(0)
+    if shared_size > 0:
+        pair = rows_of(shared_down, Int(shared_size))
     var stream = Stream[WARPS, STAGES](pair)
     var partials = Partials[WARPS, tiles]()
     for i in range(Int(thread_idx.x), Int(tokens) * TILE_ROWS, WARPS * LANES):
         columns[unsafe_offset=i] = 0
     wait_on_dependent_grids()
     launch_dependent_grids()
-    var x = ListedRows(act, depth)
+    if shared_size > 0:
+        var shared_x = ListedRows(shared_act, Int(shared_size))
+        var token = 0
+        while token < Int(tokens):
+            var size = min(Int(tokens) - token, tiles * TILE_TOKENS)
+            var next = pair
+            if token + size == Int(tokens):
+                next = hit_rows(0)
+            multiply_pass(stream, partials, pair, next, shared_x, token, size)
+            for i in range(Int(warp_id()), ceildiv(size, TILE_TOKENS), WARPS):
+                var sums = partials.total(i)
+                comptime for j in range(2):
+                    var t = i * TILE_TOKENS + lane_column() // 4 + j
+                    if t < size:
+                        add(token + t, 1, sums[j], sums[2 + j])
+            token += size
+        pair = hit_rows(0)
+    var x = ListedRows(act, Int(intermediate_size))
     for hit in range(count):
-        var following = pair
-        if hit + 1 < count:
-            at = down.unsafe_offset(hits.expert(hit + 1) * matrix + lane)
-            following = RowPair(at, at.unsafe_offset(8 * depth), depth)
-        else:
-            following.depth = 0
+        var following = hit_rows(hit + 1)
         var slot = hits.begin(hit)
         var end = hits.begin(hit + 1)
         while slot < end:
@@ -114,18 +155,14 @@ def down_stream_gpu[
             for i in range(Int(warp_id()), ceildiv(size, TILE_TOKENS), WARPS):
                 var sums = partials.total(i)
                 comptime for j in range(2):
-                    var token = i * TILE_TOKENS + lane_column() // 4 + j
-                    if token < size:
-                        var assignment = rows[unsafe_offset=slot + token]
-                        var weight = weights[unsafe_offset=Int(assignment)]
-                        var to = columns.unsafe_offset(
-                            Int(assignment // top_k) * TILE_ROWS + lane_row()
-                        )
-                        to[unsafe_offset=0] = fma(
-                            weight, sums[j], to[unsafe_offset=0]
-                        )
-                        to[unsafe_offset=8] = fma(
-                            weight, sums[2 + j], to[unsafe_offset=8]
+                    var t = i * TILE_TOKENS + lane_column() // 4 + j
+                    if t < size:
+                        var assignment = rows[unsafe_offset=slot + t]
+                        add(
+                            Int(assignment // top_k),
+                            weights[unsafe_offset=Int(assignment)],
+                            sums[j],
+                            sums[2 + j],
                         )
             slot += size
         pair = following
@@ -135,6 +172,17 @@ def down_stream_gpu[
         y[unsafe_offset=token * Int(hidden_size) + first + column] = columns[
             unsafe_offset=i
         ].cast[dtype]()
+
+
+@fieldwise_init
+struct SharedDown(ImplicitlyCopyable):
+    """The second half of a shared expert, which has every token."""
+
+    var act: BFloats
+    """Its activations `[T, width]`."""
+    var down: BFloats
+    var width: Int
+    """0: there is none, and the rest is not looked at."""
 
 
 def down_fits(
@@ -164,6 +212,7 @@ def down_stream[
     experts: Int,
     hidden_size: Int,
     intermediate_size: Int,
+    shared: SharedDown,
     ctx: DeviceContext,
 ) raises:
     """Enqueues `down_stream_gpu`: a block for every 16 columns."""
@@ -175,6 +224,8 @@ def down_stream[
             y,
             act,
             down,
+            shared.act,
+            shared.down,
             rows,
             offsets,
             weights,
@@ -183,6 +234,7 @@ def down_stream[
             Int32(experts),
             Int32(hidden_size),
             Int32(intermediate_size),
+            Int32(shared.width),
             grid_dim=hidden_size // TILE_ROWS,
             block_dim=WARPS * LANES,
             shared_mem_bytes=tokens * column_bytes,

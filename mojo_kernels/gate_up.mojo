@@ -240,5 +240,10 @@ struct Step3p5MoeGateUp:
                 x.dim_size(1),
                 gate.dim_size(1),
                 bound,
+                elements(act.unsafe_ptr()),
+                elements(gate.unsafe_ptr()),
+                elements(up.unsafe_ptr()),
+                0,
+                bound,
                 ctx,
             )

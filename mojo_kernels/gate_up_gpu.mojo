@@ -1,6 +1,12 @@
 """`silu(gate x) * (up x)` for few tokens on an NVIDIA GPU: every hit expert's matrices are read once."""
 
-from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, block_idx, grid_dim, warp_id
+from max.gpu import (
+    MAX_THREADS_PER_BLOCK_METADATA,
+    barrier,
+    block_idx,
+    grid_dim,
+    warp_id,
+)
 from max.gpu.host import DeviceAttribute, DeviceContext
 from max.gpu.primitives.grid_controls import (
     PDLLevel,
@@ -74,17 +80,47 @@ struct GateUpWeights(ImplicitlyCopyable):
         )
 
 
+@fieldwise_init
+struct SharedGateUp[dtype: DType](ImplicitlyCopyable):
+    """The first half of a shared expert, which has every token."""
+
+    var act: Elements[Self.dtype]
+    """Result `[T, width]`."""
+    var gate: BFloats
+    var up: BFloats
+    var width: Int
+    """0: there is none, and the rest is not looked at."""
+    var limit: Float32
+
+
 @always_inline
 def stream_gate_up[
-    dtype: DType, Rows: TokenRows, //, tiles: Int
+    dtype: DType, Rows: TokenRows, tiles: Int, //, tokens_ready: Bool
 ](
     act: Elements[dtype],
     x: Rows,
     weights: GateUpWeights,
     hits: HitList,
     limit: Float32,
+    mut partials: Partials[WARPS, tiles],
 ):
-    """A block's share of the units, which lie behind one another."""
+    """A block's share of the units, which lie behind one another.
+
+    Parameters:
+        dtype: Type of the result.
+        Rows: Where the tokens are.
+        tiles: Tiles of tokens that are multiplied at once.
+        tokens_ready: The tokens were written before the preceding kernel began, so that only storing waits for its end;
+            otherwise only the first weights are requested before.
+
+    Args:
+        act: Result, a row for every slot.
+        x: Tokens.
+        weights: Matrices.
+        hits: Experts with tokens.
+        limit: See `activate`.
+        partials: The block's shared memory for sums.
+    """
     var first, last = share(
         hits.count() * weights.tiles(), Int(block_idx.x), Int(grid_dim.x)
     )
@@ -92,7 +128,9 @@ def stream_gate_up[
         return
     var rows = weights.rows(hits, first)
     var stream = Stream[WARPS, STAGES](rows)
-    var partials = Partials[WARPS, tiles]()
+    comptime if not tokens_ready:
+        wait_on_dependent_grids()
+        launch_dependent_grids()
     for unit in range(first, last):
         var hit, tile = divide(unit, weights.tiles())
         var following = rows
@@ -108,6 +146,8 @@ def stream_gate_up[
             if slot + tokens == end:
                 next = following
             multiply_pass(stream, partials, rows, next, x, slot, tokens)
+            comptime if tokens_ready:
+                wait_on_dependent_grids()
             for i in range(Int(warp_id()), ceildiv(tokens, TILE_TOKENS), WARPS):
                 var sums = partials.total(i)
                 comptime for j in range(2):
@@ -133,28 +173,54 @@ def gate_up_stream_gpu[
     dtype: DType, tiles: Int
 ](
     act: Elements[dtype],
+    shared_act: Elements[dtype],
     x: BFloats,
     gate: BFloats,
     up: BFloats,
+    shared_gate: BFloats,
+    shared_up: BFloats,
     rows: Ids,
     offsets: Ids,
+    tokens: Int32,
     top_k: Int32,
     experts: Int32,
     hidden_size: Int32,
     intermediate_size: Int32,
+    shared_size: Int32,
     limit: Float32,
+    shared_limit: Float32,
 ):
-    """`act[slot] = silu(gate_e x_t) * (up_e x_t)`."""
+    """`act[slot] = silu(gate_e x_t) * (up_e x_t)`, and the same of the shared expert, which has every token.
+
+    The shared expert is read before the preceding kernels have ended, which choose the routed ones and take more time
+    than they read. That is sound because they chose by the tokens, which were written before.
+    """
+    var partials = Partials[WARPS, tiles]()
+    var hits = HitList()
+    if shared_size > 0:
+        hits.fill_one(Int(tokens))
+        stream_gate_up[tokens_ready=True](
+            shared_act,
+            ListedRows(x, Int(hidden_size)),
+            GateUpWeights(
+                shared_gate, shared_up, Int(hidden_size), Int(shared_size)
+            ),
+            hits,
+            shared_limit,
+            partials,
+        )
+        # Every warp is done with the list.
+        barrier()
     wait_on_dependent_grids()
     launch_dependent_grids()
-    var hits = HitList()
     hits.fill(offsets, Int(experts))
-    stream_gate_up[tiles](
+    stream_gate_up[tokens_ready=False](
         act,
         GatheredRows(x, rows, Int(top_k), Int(hidden_size)),
         GateUpWeights(gate, up, Int(hidden_size), Int(intermediate_size)),
         hits,
         limit,
+        partials,
     )
 
 
@@ -175,16 +241,16 @@ def swiglu_stream_gpu[
     limit: Float32,
 ):
     """`act[t] = silu(gate x_t) * (up x_t)`."""
-    wait_on_dependent_grids()
-    launch_dependent_grids()
+    var partials = Partials[WARPS, tiles]()
     var hits = HitList()
     hits.fill_one(Int(tokens))
-    stream_gate_up[tiles](
+    stream_gate_up[tokens_ready=False](
         act,
         ListedRows(x, Int(hidden_size)),
         GateUpWeights(gate, up, Int(hidden_size), Int(intermediate_size)),
         hits,
         limit,
+        partials,
     )
 
 
@@ -214,6 +280,7 @@ def gate_up_stream[
     hidden_size: Int,
     intermediate_size: Int,
     limit: Float32,
+    shared: SharedGateUp[dtype],
     ctx: DeviceContext,
 ) raises:
     """Enqueues `gate_up_stream_gpu` on all multiprocessors."""
@@ -222,16 +289,22 @@ def gate_up_stream[
         comptime kernel = gate_up_stream_gpu[dtype, tiles]
         ctx.enqueue_function[kernel](
             act,
+            shared.act,
             x,
             gate,
             up,
+            shared.gate,
+            shared.up,
             rows,
             offsets,
+            Int32(tokens),
             Int32(top_k),
             Int32(experts),
             Int32(hidden_size),
             Int32(intermediate_size),
+            Int32(shared.width),
             limit,
+            shared.limit,
             grid_dim=BLOCKS
             * ctx.get_attribute(DeviceAttribute.MULTIPROCESSOR_COUNT),
             block_dim=WARPS * LANES,

@@ -19,9 +19,10 @@ comptime WIDTH = 8
 
 
 def combine_gpu[
-    y_dtype: DType, unroll: Int
+    y_dtype: DType, unroll: Int, based: Bool
 ](
     y: Pointer[Scalar[y_dtype], MutAnyOrigin],
+    base: Pointer[BFloat16, MutAnyOrigin],
     parts: Pointer[BFloat16, MutAnyOrigin],
     weights: Pointer[Float32, MutAnyOrigin],
     top_k: Int32,
@@ -29,8 +30,8 @@ def combine_gpu[
     y_columns: Int32,
     begin: Int32,
 ):
-    """`y[t, begin + c] = sum_k weights[t, k] * parts[t * K + k, c]`, in the order of k: a block is a token's piece of
-    columns.
+    """`y[t, begin + c] = sum_k weights[t, k] * parts[t * K + k, c]`, in the order of k and with `based` upon
+    `base[t, begin + c]`: a block is a token's piece of columns.
     """
     wait_on_dependent_grids()
     launch_dependent_grids()
@@ -39,6 +40,13 @@ def combine_gpu[
         return
     var t = Int(block_idx.x)
     var total = SIMD[DType.float32, WIDTH](0)
+    var place = t * Int(y_columns) + Int(begin) + c
+    comptime if based:
+        total = (
+            base.unsafe_offset(place)
+            .unsafe_load[width=WIDTH, alignment=16]()
+            .cast[DType.float32]()
+        )
     for k in range(0, Int(top_k), unroll):
         comptime for u in range(unroll):
             var a = t * Int(top_k) + k + u
@@ -50,15 +58,14 @@ def combine_gpu[
                 width=WIDTH, alignment=16
             ]()
             total += weight * part.cast[DType.float32]()
-    y.unsafe_offset(t * Int(y_columns) + Int(begin) + c).unsafe_store[
-        alignment=16
-    ](total.cast[y_dtype]())
+    y.unsafe_offset(place).unsafe_store[alignment=16](total.cast[y_dtype]())
 
 
 def launch_combine[
-    y_dtype: DType
+    y_dtype: DType, //, based: Bool
 ](
     y: Elements[y_dtype],
+    base: Elements[DType.bfloat16],
     parts: Elements[DType.bfloat16],
     weights: Floats,
     tokens: Int,
@@ -68,14 +75,15 @@ def launch_combine[
     begin: Int,
     ctx: DeviceContext,
 ) raises:
-    """Enqueues the sum over `parts [T * K, columns]` into columns `begin` ... of `y [T, y_columns]`; both numbers of
-    columns are multiples of 8.
+    """Enqueues the sum over `parts [T * K, columns]` into columns `begin` ... of `y [T, y_columns]`, with `based`
+    upon `base`, of the shape of `y`; both numbers of columns are multiples of 8.
     """
     comptime for unroll in [8, 1]:
         if top_k % unroll == 0:
-            comptime kernel = combine_gpu[y_dtype, unroll]
+            comptime kernel = combine_gpu[y_dtype, unroll, based]
             ctx.enqueue_function[kernel](
                 y,
+                base,
                 parts,
                 weights,
                 Int32(top_k),

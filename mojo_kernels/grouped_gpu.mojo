@@ -110,9 +110,10 @@ def gate_up_grouped(
 
 
 def down_grouped[
-    y_dtype: DType
+    y_dtype: DType, //, based: Bool
 ](
     y: Elements[y_dtype],
+    base: BFloats,
     act: BFloats,
     down: BFloats,
     rows: Ids,
@@ -132,9 +133,11 @@ def down_grouped[
 
     Parameters:
         y_dtype: Type of the result, whose sums are float32.
+        based: Adds to `base`; otherwise that is not looked at.
 
     Args:
         y: Result `[T, H]`.
+        base: What the sums begin with `[T, H]`.
         act: Activations `[T * K, M]`, in the order of `rows`.
         down: Down matrices `[E, H, M]`.
         rows: Assignments `t * K + k` grouped by expert `[T * K]`.
@@ -177,8 +180,9 @@ def down_grouped[
             intermediate_size,
             ctx,
         )
-        launch_combine[y_dtype](
+        launch_combine[based](
             y,
+            base,
             parts,
             weights,
             tokens,

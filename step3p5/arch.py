@@ -9,6 +9,7 @@ from max.pipelines.lib import SupportedArchitecture
 from max.pipelines.modeling.types import PipelineTask
 
 from .batch_processor import Step3p5BatchProcessor
+from .kernel_checks import check_own_kernels_once
 from .model import Step3p5Model
 from .model_config import Step3p5Config
 from .parsers import PARSER_NAME
@@ -19,6 +20,7 @@ from .tokenizer import Step3p5Tokenizer
 from .weight_adapters import convert_safetensor_state_dict
 
 allow_bfloat16_on_cpus()
+check_own_kernels_once()
 
 step3p5_arch = SupportedArchitecture(
     name="Step3p5ForCausalLM",

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from max.pipelines.lib import PipelineConfig
 
-from .custom_ops import kernels_path
+from .custom_ops import use_kernels
+from .kernel_package import compiled_package, kernels_path, sources_digest
 from .model_config import Step3p5Config
 
 logger = logging.getLogger("max.pipelines")
@@ -39,13 +41,13 @@ def artifact_settings(pipeline_config: PipelineConfig, config: Step3p5Config) ->
         "--speculative-method (MTP layers that draft)": len(config.drafting_layers),
         "the returned logits": str(config.return_logits),
         "config.json (digest of what was parsed)": _digest(repr(config.model).encode()),
-        "the Mojo kernels (digest)": _digest(*(path.read_bytes() for path in sorted(kernels_path().glob("*.mojo")))),
+        "the Mojo kernels (digest)": sources_digest(kernels_path()),
         "the version of modular": version("modular"),
     }
 
 
 def record_or_check(pipeline_config: PipelineConfig, config: Step3p5Config) -> None:
-    """Writes the record where artifacts are exported; where they are loaded, compares it.
+    """Writes the record where artifacts are exported, and the compiled kernels; where they are loaded, compares it.
 
     Raises:
         ArtifactError: The artifacts were compiled for another setting.
@@ -56,8 +58,10 @@ def record_or_check(pipeline_config: PipelineConfig, config: Step3p5Config) -> N
         folder = Path(runtime.export_mefs)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        shutil.copy(compiled_package(kernels_path()), folder)
     if runtime.precompiled_mefs is not None:
         check(Path(runtime.precompiled_mefs), settings)
+        use_kernels(compiled_package(kernels_path(), Path(runtime.precompiled_mefs)))
 
 
 def check(folder: Path, settings: dict[str, Any]) -> None:

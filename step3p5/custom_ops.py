@@ -1,40 +1,29 @@
-"""Where the Mojo kernels are, and how a graph comes to call them."""
+"""How a graph comes to call the Mojo kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 from max.dtype import DType
-from max.graph import BufferValue, DeviceRef, Graph, KernelLibrary, TensorType, TensorValue, ops
+from max.graph import BufferValue, DeviceRef, Graph, TensorType, TensorValue, ops
 
-_PACKAGE = Path(__file__).resolve().parent
-_PLACES = (_PACKAGE / "mojo_kernels", _PACKAGE.parent / "mojo_kernels")
-"""In an installation the kernels lie inside this package, in a checkout beside it."""
+from .kernel_package import compiled_package, kernels_path
 
-
-@cache
-def kernels_path() -> Path:
-    """The folder of the Mojo package `mojo_kernels`.
-
-    Raises:
-        FileNotFoundError: If the package was installed without its kernels.
-    """
-    for place in _PLACES:
-        if (place / "__init__.mojo").is_file():
-            return place
-    raise FileNotFoundError(
-        f"mojo_kernels: found no __init__.mojo in {' or '.join(map(str, _PLACES))}; reinstall the package"
-    )
+_compiled: list[Path] = []
+"""The compiled kernels, once they were asked for."""
 
 
-@cache
 def compiled_kernels() -> tuple[Path, ...]:
-    """`mojo_kernels` as a compiled Mojo package, built once a process."""
-    library = KernelLibrary()
-    library.load_paths([kernels_path()])
-    return tuple(library.library_paths())
+    """`mojo_kernels` as a compiled Mojo package, the same one throughout a process."""
+    if not _compiled:
+        use_kernels(compiled_package(kernels_path()))
+    return tuple(_compiled)
+
+
+def use_kernels(package: Path) -> None:
+    """Makes graphs from now on call the kernels of a compiled package."""
+    _compiled[:] = [package]
 
 
 def custom_op(

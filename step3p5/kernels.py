@@ -155,6 +155,58 @@ def down(
     )[0]
 
 
+def gate_up_shared(
+    x: TensorValue,
+    gate: TensorValue,
+    up: TensorValue,
+    shared_gate: TensorValue,
+    shared_up: TensorValue,
+    rows: TensorValue,
+    offsets: TensorValue,
+    limit: TensorValue,
+    shared_limit: TensorValue,
+) -> tuple[TensorValue, TensorValue]:
+    """`gate_up`, and `swiglu` of the same tokens with `shared_gate` and `shared_up [S, H]`; on a GPU only.
+
+    `rows` and `offsets` must follow from `x`, as a router's do: what the shared expert reads is read before they are
+    complete.
+
+    Returns:
+        Activations `[T * K, M]` as those of `gate_up`, and those of the shared expert `[T, S]`.
+    """
+    act, shared_act = custom_op(
+        "step3p5_moe_gate_up_shared",
+        x.device,
+        [x, gate, up, shared_gate, shared_up, rows, offsets, limit, shared_limit],
+        [
+            TensorType(x.dtype, (rows.shape[0], gate.shape[1]), x.device),
+            TensorType(x.dtype, (x.shape[0], shared_gate.shape[0]), x.device),
+        ],
+    )
+    return act, shared_act
+
+
+def down_shared(
+    act: TensorValue,
+    down: TensorValue,
+    shared_act: TensorValue,
+    shared_down: TensorValue,
+    rows: TensorValue,
+    offsets: TensorValue,
+    weights: TensorValue,
+) -> TensorValue:
+    """`down`, plus the product of `shared_act [T, S]` with `shared_down [H, S]`: `[T, H]` float32; on a GPU only.
+
+    From some number of tokens on, the shared expert's product is rounded to bfloat16 before it is added.
+    """
+    return custom_op(
+        "step3p5_moe_down_shared",
+        act.device,
+        [act, down, shared_act, shared_down, rows, offsets, weights],
+        [TensorType(DType.float32, (weights.shape[0], down.shape[1]), act.device)],
+    )[0]
+
+
 def linear(x: TensorValue, w: TensorValue, *, dtype: DType | None = None) -> TensorValue:
     """`x w^T`, accumulated in float32.
 

@@ -44,7 +44,7 @@ def test_the_wheel_alone_writes_and_runs_a_checkpoint(wheel: Path, tmp_path: Pat
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = run(sys.executable, "-c", "import step3p5.custom_ops as ops; print(ops.kernels_path())").strip()
+    where = run(sys.executable, "-c", "import step3p5.kernel_package as kernels; print(kernels.kernels_path())").strip()
     assert Path(where) == site / "step3p5" / "mojo_kernels"
     run(sys.executable, "-m", "step3p5.random_checkpoint", "model", "--preset", "tiny")
     max_command = str(Path(sys.executable).parent / "max")

@@ -87,5 +87,6 @@ class DecoderLayer(Module):
         x = self.post_attention_layernorm(h)
         if isinstance(self.config.mlp, MoEConfig):
             # In the experts' float32 up to the sum: in bfloat16 each term would be rounded by itself.
-            return ops.cast(h + self.moe(x, routed_limit) + self.share_expert(x, shared_limit), h.dtype)
+            experts = self.moe.with_shared(x, self.share_expert, routed_limit, shared_limit)
+            return ops.cast(h + experts, h.dtype)
         return h + self.mlp(x, shared_limit)

@@ -11,6 +11,7 @@ from ..checkpoint_tensors import TensorRole
 from ..layer_config import MoEConfig
 from ..precision import weight_dtype
 from .linear import Linear
+from .mlp import MLP
 
 
 class ExpertWeights(Module):
@@ -55,14 +56,7 @@ class MoE(Module):
         Each token's experts are accumulated in float32.
         """
         config = self.config
-        logits = self._router_logits(x)
-        chosen = kernels.assign(
-            logits,
-            self.bias(),
-            top_k=config.top_k,
-            normalize=config.normalize_weights,
-            scale=config.router_scaling_factor,
-        )
+        chosen = self._assign(x)
         offsets, weights = chosen.offsets, chosen.weights
         if len(self.experts) < config.num_experts:
             # The kernels go through the experts between the offsets; a weight of zero says that an expert is not there.
@@ -70,6 +64,41 @@ class MoE(Module):
             weights = ops.where(self._is_here(chosen.ids), weights, ops.constant(0.0, DType.float32, device=x.device))
         hidden = kernels.gate_up(x, self.gate_proj(), self.up_proj(), chosen.rows, offsets, limit)
         return kernels.down(hidden, self.down_proj(), chosen.rows, offsets, weights)
+
+    def with_shared(self, x: TensorValue, shared: MLP, limit: TensorValue, shared_limit: TensorValue) -> TensorValue:
+        """`self(x, limit) + shared(x, shared_limit)`, accumulated in float32; for a GPU that has all experts."""
+        chosen = self._assign(x)
+        hidden, shared_hidden = kernels.gate_up_shared(
+            x,
+            self.gate_proj(),
+            self.up_proj(),
+            shared.gate_proj.weight,
+            shared.up_proj.weight,
+            chosen.rows,
+            chosen.offsets,
+            limit,
+            shared_limit,
+        )
+        return kernels.down_shared(
+            hidden,
+            self.down_proj(),
+            shared_hidden,
+            shared.down_proj.weight,
+            chosen.rows,
+            chosen.offsets,
+            chosen.weights,
+        )
+
+    def _assign(self, x: TensorValue) -> kernels.Assignments:
+        """Every token's experts, their weights and the tokens' order by expert."""
+        config = self.config
+        return kernels.assign(
+            self._router_logits(x),
+            self.bias(),
+            top_k=config.top_k,
+            normalize=config.normalize_weights,
+            scale=config.router_scaling_factor,
+        )
 
     def _is_here(self, ids: TensorValue) -> TensorValue:
         first, end = (
