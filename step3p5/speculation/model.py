@@ -231,7 +231,8 @@ class SpeculativeStep3p5Model(Step3p5Model):
             return self._drafts.start([]), split_rows(to_keep, plan.keep_counts)
         kinds = {str(layer.attention.kind) for layer in config.drafting_layers[: len(known)]}
         caches = {
-            kind: self._draft_cache(kind, kv_cache_inputs[kind][0], plan, cache_lengths, drafting) for kind in kinds
+            kind: tree.leaves(self._draft_cache(kind, kv_cache_inputs[kind][0], plan, cache_lengths, drafting))
+            for kind in kinds
         }
         drafted = []
         for depth, after in enumerate(known):
@@ -243,7 +244,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
                 after,
                 row_offsets,
                 *self._depth_scalars[depth],
-                *tree.leaves(caches[str(layer.attention.kind)]),
+                *caches[str(layer.attention.kind)],
             )
             drafted.append(chosen)
         return self._drafts.start(drafted), split_rows(to_keep, plan.keep_counts)
