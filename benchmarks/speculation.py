@@ -1,41 +1,42 @@
 """Times speculation with the MTP layers: acceptance, draft and verify time, and speed-up, by batch and depth.
 
     python benchmarks/speculation.py MODEL [--batches 1,4,8] [--depth 3] [--new-tokens 64] [--rounds 3] [--json FILE]
+                                     [--devices cpu] [--precompiled-mefs DIR] [--precompiled-mtp-mefs DIR]
+    python benchmarks/speculation.py MODEL --compare PROMPTS …
     python benchmarks/speculation.py MODEL --moving OTHER [--batches 1,4,8] [--json FILE]
 
 MODEL is a checkpoint whose drafts can be right, such as `python -m step3p5.random_checkpoint OUT --preset mid
 --predictable 0.8` writes. The plain pipeline and the speculative one, at each depth and at the depth that it chooses
-itself, generate greedily from the same prompts, new ones each round, in turn once a round after one round to warm up;
-prompts are read before the clock starts. `--predict` only counts bytes and loads nothing.
+itself, generate greedily from the same prompts, new ones each round, after one round to warm up; prompts are read
+before the clock starts. On a CPU the pipelines take turns once a round. A GPU has room for one at a time: the one that
+drafts runs all its rounds first, then the plain one with overlapping steps and captured graphs (`device.py`).
 
 The prediction is of bytes: tokens a cycle by the acceptance that was seen, over the bytes that a cycle reads beside
-those of plain decoding (`step3p5.byte_account`; routed experts as expected under uniform routing).
+those of plain decoding (`step3p5.byte_account`; routed experts as expected under uniform routing). `--predict` only
+counts and loads nothing.
 
-`--moving` runs through changing batches and checkpoints instead and shows what the chosen depth costs against plain
-decoding (`speculation_moving.py`).
+`--compare` holds the tokens of both pipelines to each other instead (`speculation_tokens.py`), `--moving` runs through
+changing batches and checkpoints and shows what the chosen depth costs against plain decoding (`speculation_moving.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from arguments import OneLineParser, positive_int, positive_ints
+from arguments import OneLineParser, devices, positive_int, positive_ints
 from bandwidth import usable_cores
 from contention import CpuTimes, cores_taken
-from max.pipelines.context import EOSTracker, SamplingParams, TextContext, TokenBuffer
-from max.pipelines.lib.auto_model import AutoModel
-from max.pipelines.lib.generate import GenerateIterator
-from max.pipelines.modeling.types import RequestID
 from report import Environment, Spread, format_table, write_json
 from speculation_moving import MovingReport, moving_phases, run_moving
+from speculation_run import FIRST_TEXT_TOKEN, PROMPT_TOKENS, Case, Settings, random_prompts, run_case
+from speculation_tokens import ComparisonReport, compare_pipelines
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -44,38 +45,8 @@ from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.layer_config import ModelConfig
 from step3p5.pretrained_config import as_step3p5_config
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
-from step3p5.speculation.statistics import Statistics
 
-PROMPT_TOKENS, MAX_LENGTH = 64, 1024
-FIRST_TEXT_TOKEN = 16
-
-
-@dataclass
-class Case:
-    """One batch size at one depth; `depth` is `None` where the policy chooses, 0 for the plain pipeline."""
-
-    batch: int
-    depth: int | None
-    tokens_per_second: list[float] = field(default_factory=list)
-    verify_ms: list[float] = field(default_factory=list)
-    draft_ms: list[float] = field(default_factory=list)
-    verified: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Of each depth, given the depths before it."""
-        return [a / v if v else 0.0 for a, v in zip(self.accepted, self.verified, strict=True)]
-
-    def keep(self, tokens_per_second: float, counts: Statistics | None) -> None:
-        """Adds one round."""
-        self.tokens_per_second.append(tokens_per_second)
-        if counts is not None:
-            self.verify_ms.append(1e3 * counts.verify_seconds / counts.steps)
-            self.draft_ms.append(1e3 * counts.draft_seconds / counts.steps)
-            before = [self.verified or [0] * len(counts.verified), self.accepted or [0] * len(counts.accepted)]
-            self.verified = [sum(pair) for pair in zip(before[0], counts.verified, strict=True)]
-            self.accepted = [sum(pair) for pair in zip(before[1], counts.accepted, strict=True)]
+MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -114,6 +85,7 @@ class Report:
     benchmark: str
     environment: Environment
     model: str
+    devices: str
     new_tokens: int
     rounds: int
     cores_taken: float | None
@@ -125,7 +97,7 @@ class Report:
         return "\n".join(
             [
                 *self.environment.lines(),
-                f"{self.model}: {self.new_tokens} new tokens a request, {self.rounds} rounds{busy}",
+                f"{self.model} on {self.devices}: {self.new_tokens} new tokens a request, {self.rounds} rounds{busy}",
                 "",
                 format_table(Result.HEADER, [result.row() for result in self.results]),
             ]
@@ -141,40 +113,34 @@ def predicted_speedup(model: ModelConfig, batch: int, acceptance: Sequence[float
     return tokens_per_cycle(acceptance) * read(0) / read(len(acceptance))
 
 
-def run_case(models: tuple[AutoModel, AutoModel], case: Case, prompts: list[list[int]], new_tokens: int) -> None:
-    """Generates once and keeps the rate, prompts excluded."""
-    pipeline: Any = models[case.depth != 0].pipeline
-    counts: Statistics | None = None
-    if case.depth != 0:
-        counts = pipeline.statistics
-        if case.depth is not None:
-            pipeline.policy = FixedDepth([(1, case.batch, case.depth)], len(counts.verified))
-        elif not isinstance(pipeline.policy, AdaptiveDepth):
-            pipeline.policy = chosen_depths[id(pipeline)]
-    contexts = [
-        TextContext(
-            request_id=RequestID(),
-            max_length=PROMPT_TOKENS + new_tokens,
-            tokens=TokenBuffer(np.asarray(prompt, dtype=np.int64)),
-            eos_tracker=EOSTracker(eos_token_ids=set()),
-            sampling_params=SamplingParams(temperature=0.0, top_k=1, ignore_eos=True),
-        )
-        for prompt in prompts
-    ]
-    with GenerateIterator.from_contexts(pipeline, contexts) as batch:
-        generated = sum(len(tokens) for tokens in batch.step().values())
-        if counts is not None:
-            pipeline.statistics = counts = Statistics(len(counts.verified))
-        started = time.perf_counter()
-        total = -generated
-        while not batch.done:
-            total += sum(len(tokens) for tokens in batch.step().values())
-        seconds = time.perf_counter() - started
-    case.keep((total + generated) / seconds, counts)
+def run_rounds(
+    sides: Sequence[Side], model: ModelConfig, cases: Sequence[Case], rounds: int, new_tokens: int, devices: str
+) -> None:
+    """Runs the cases of `sides` once to warm up and then once a round, whose figures the cases keep."""
+    for index in tqdm(range(rounds + 1), desc="warm-up and rounds", file=sys.stderr):
+        for case in cases:
+            side = next((side for side in sides if side.drafts == (case.depth != 0)), None)
+            if side is not None:
+                prompts = random_prompts(1000 * index + case.batch, model.vocab_size, case.batch)
+                target = case if index else Case(case.batch, case.depth)
+                run_case(side.pipeline, side.policy_of(case), target, prompts, new_tokens, devices)
 
 
-chosen_depths: dict[int, AdaptiveDepth] = {}
-"""The policy of each pipeline that learns through all rounds."""
+@dataclass(frozen=True)
+class Side:
+    """A loaded pipeline; `chosen` is the policy that chooses the depth and learns through all rounds."""
+
+    pipeline: Any
+    chosen: FixedDepth | AdaptiveDepth | None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it is the one that drafts."""
+        return self.chosen is not None
+
+    def policy_of(self, case: Case) -> FixedDepth | AdaptiveDepth | None:
+        """How deep to draft."""
+        return self.chosen if not case.depth else FixedDepth([(1, case.batch, case.depth)], case.depth)
 
 
 def evaluate(cases: Sequence[Case], model: ModelConfig, dtype: CheckpointDtype) -> list[Result]:
@@ -199,6 +165,35 @@ def evaluate(cases: Sequence[Case], model: ModelConfig, dtype: CheckpointDtype) 
     return results
 
 
+def measure(model: str, config: ModelConfig, options: argparse.Namespace, depth: int) -> list[Case]:
+    """Times every batch size with the plain pipeline, at each depth and at the depth that is chosen."""
+    settings = settings_of(options)
+    cases = [Case(batch, d) for batch in options.batches for d in (0, *range(1, depth + 1), None)]
+    rest = config, cases, options.rounds, options.new_tokens, options.devices
+    with settings.load_drafting(model, depth) as drafting:
+        sides = [Side(drafting.pipeline, drafting.pipeline.policy)]
+        if settings.fit_together:
+            with settings.load_plain(model) as plain:
+                run_rounds([Side(plain.pipeline, None), *sides], *rest)
+            return cases
+        run_rounds(sides, *rest)
+        sides.clear()
+    with settings.load_plain(model) as plain:
+        run_rounds([Side(plain.pipeline, None)], *rest)
+    return cases
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """How the command line wants the pipelines loaded."""
+    return Settings(
+        devices=options.devices,
+        max_batch_size=max(options.batches),
+        max_length=MAX_LENGTH,
+        artifacts=options.precompiled_mefs,
+        mtp_artifacts=options.precompiled_mtp_mefs,
+    )
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; ends the program where it is unusable."""
     parser = OneLineParser(prog="speculation.py", description="Time speculation with a checkpoint's MTP layers.")
@@ -208,6 +203,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--depth", metavar="N", type=positive_int, default=3, help="most drafts a cycle (default: %(default)s)")
     add("--new-tokens", metavar="N", type=positive_int, default=64, help="a request (default: %(default)s)")
     add("--rounds", metavar="N", type=positive_int, default=3, help="(default: %(default)s)")
+    add("--devices", type=devices, default="cpu", help="as MAX's --devices (default: %(default)s)")
+    add("--precompiled-mefs", metavar="DIR", help="artifacts compiled ahead for the plain pipeline, for a GPU")
+    add("--precompiled-mtp-mefs", metavar="DIR", help="the same for the one that drafts (--speculative-method mtp)")
+    add("--compare", metavar="N", type=positive_int, help="compare the tokens of N prompts instead of times")
     add("--predict", metavar="P", type=float, help="print the speed-up by bytes at acceptance P and end")
     add("--moving", metavar="OTHER", help="run through the batches with MODEL and back with OTHER, of the same shape")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
@@ -216,6 +215,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--new-tokens: found {options.new_tokens}, expected at most {MAX_LENGTH - PROMPT_TOKENS}")
     if options.moving is not None and Path(options.moving).name == Path(options.model).name:
         parser.error(f"--moving: found {options.moving}, expected a folder of another name than MODEL's")
+    if options.moving is not None and options.devices != "cpu":
+        parser.error(f"--moving: found --devices {options.devices}, expected cpu: it loads four pipelines at a time")
     return options
 
 
@@ -233,15 +234,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         print(format_table(("batch", *(f"depth {depth}" for depth in depths)), rows))
         return
-    settings: dict[str, Any] = dict(
-        devices="cpu",
-        custom_architectures=["pipelines_registry"],
-        max_batch_size=max(options.batches),
-        max_length=MAX_LENGTH,
-    )
+    logging.getLogger("max.pipelines").setLevel(logging.WARNING)
+    before = CpuTimes.now()
+    if options.compare is not None:
+        comparisons = compare_pipelines(
+            options.model,
+            settings_of(options),
+            model,
+            dtype,
+            max(depths),
+            options.compare,
+            options.batches,
+            options.new_tokens,
+        )
+        show(
+            ComparisonReport(
+                benchmark="speculation_tokens",
+                environment=Environment.of_this_process(usable_cores()),
+                model=Path(options.model).name,
+                devices=options.devices,
+                depth=max(depths),
+                dtype=dtype,
+                comparisons=comparisons,
+            ),
+            options.json,
+        )
+        sys.exit(any(comparison.unexplained for comparison in comparisons))
     if options.moving is not None:
-        models = {Path(name).name: load_both(name, max(depths), settings) for name in (options.model, options.moving)}
-        before = CpuTimes.now()
+        settings = settings_of(options)
+        models = {
+            Path(name).name: (settings.load_plain(name), settings.load_drafting(name, max(depths)))
+            for name in (options.model, options.moving)
+        }
         phases, cost = run_moving(
             {name: (plain.pipeline, drafting.pipeline) for name, (plain, drafting) in models.items()},
             moving_phases(options.batches, *models),
@@ -262,23 +286,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.json,
         )
         return
-    plain, drafting = load_both(options.model, max(depths), settings)
-    chosen_depths[id(drafting.pipeline)] = drafting.pipeline.policy
-    cases = [Case(batch, depth) for batch in options.batches for depth in (0, *depths, None)]
-    rng = np.random.default_rng(0)
-    before = CpuTimes.now()
-    for index in tqdm(range(options.rounds + 1), desc="warm-up and rounds", file=sys.stderr):
-        prompts = {
-            batch: rng.integers(FIRST_TEXT_TOKEN, model.vocab_size - 64, (batch, PROMPT_TOKENS)).tolist()
-            for batch in options.batches
-        }
-        for case in cases:
-            target = case if index else Case(case.batch, case.depth)
-            run_case((plain, drafting), target, prompts[case.batch], options.new_tokens)
+    cases = measure(options.model, model, options, max(depths))
     report = Report(
         benchmark="speculation",
         environment=Environment.of_this_process(usable_cores()),
         model=Path(options.model).name,
+        devices=options.devices,
         new_tokens=options.new_tokens,
         rounds=options.rounds,
         cores_taken=cores_taken(before, CpuTimes.now()),
@@ -287,13 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show(report, options.json)
 
 
-def load_both(model: str, depth: int, settings: dict[str, Any]) -> tuple[AutoModel, AutoModel]:
-    """A checkpoint's plain pipeline, and the one that drafts up to `depth` tokens."""
-    drafting = AutoModel(model, speculative_method="mtp", num_speculative_tokens=depth, **settings)
-    return AutoModel(model, **settings), drafting
-
-
-def show(report: Report | MovingReport, file: Path | None) -> None:
+def show(report: Report | MovingReport | ComparisonReport, file: Path | None) -> None:
     """Prints a report, and writes it to `file` if there is one."""
     print(report.text())
     if file is not None:

@@ -38,7 +38,7 @@ from step3p5.layer_config import ModelConfig
 from step3p5.mtp import MTPDepth
 from step3p5.parallel_plan import parallel_plan
 from step3p5.parallel_step3p5 import ParallelStep3p5
-from step3p5.speculation.graphs import RowSelection, VerifyingStep3p5
+from step3p5.speculation.graphs import RowSelection, TokenSelection, VerifyingStep3p5
 from step3p5.step3p5 import Step3p5
 
 HEADS, SLIDING_HEADS = 8, 12
@@ -103,7 +103,7 @@ def whole_graph(module: Module) -> Graph:
 
 
 def mtp_graphs(module: Module) -> Graph:
-    """The graphs of speculation: the target that verifies, a depth that drafts, the rows between them."""
+    """The graphs of speculation: the target that verifies, a depth that drafts, tokens and rows between them."""
     config = single_config()
     target = named(VerifyingStep3p5(cast(Any, config)))
     target.trace(*tree.leaves(target.input_tree()), name="target", module=module)
@@ -113,6 +113,8 @@ def mtp_graphs(module: Module) -> Graph:
     graph = draft.trace(*draft.input_types(), name="draft", module=module)
     rows = RowSelection(config.model.hidden_size, DTYPE, DeviceRef.GPU())
     rows.trace(*rows.input_types(), name="rows", module=module)
+    tokens = TokenSelection(1, DeviceRef.GPU())
+    tokens.trace(*tokens.input_types(), name="tokens", module=module)
     return graph
 
 

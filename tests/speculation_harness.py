@@ -96,12 +96,13 @@ class Recorder:
     def _draft(self, *arguments: Any) -> Any:
         self._depth_logits.clear()
         drafted, keep = self._originals[1](*arguments)
+        drafts = drafted.read()
         for place, index in enumerate(arguments[-1]):
             context = self._contexts[index]
             # A prompt still read in chunks drafts nothing that will be verified.
             if context.tokens.processed_length + 1 == len(context.tokens):
                 logits = [depth[place] for depth in self._depth_logits]
-                self.drafted.append((context.tokens.all.tolist(), drafted[place].tolist(), logits))
+                self.drafted.append((context.tokens.all.tolist(), drafts[:, place].tolist(), logits))
         return drafted, keep
 
     def check(self, reference: Reference) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -13,6 +14,8 @@ import plot
 import report
 import speculation
 from speculation_moving import MovingReport, Phase, PhaseResult, moving_phases
+from speculation_run import Case
+from speculation_tokens import TopTwo, compare, top_two
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.config_parser import parse_model_config
@@ -35,7 +38,7 @@ def test_drafts_that_are_never_right_only_cost() -> None:
 
 
 def test_a_case_is_compared_with_the_plain_pipeline_round_by_round() -> None:
-    plain, drafting = speculation.Case(4, 0), speculation.Case(4, 2)
+    plain, drafting = Case(4, 0), Case(4, 2)
     counts = Statistics(2)
     counts.record_step([(2, 1), (2, 2)])
     counts.record_times(0.030, 0.010)
@@ -55,14 +58,14 @@ def environment() -> report.Environment:
 
 
 def test_a_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [speculation.Case(batch, depth) for batch in (1, 8) for depth in (0, 1, 2, None)]
+    cases = [Case(batch, depth) for batch in (1, 8) for depth in (0, 1, 2, None)]
     counts = Statistics(2)
     counts.record_step([(2, 1), (2, 2)])
     counts.record_times(0.030, 0.010)
     for case in cases:
         case.keep(10.0, counts if case.depth != 0 else None)
     found = speculation.Report(
-        "speculation", environment(), "mid", 64, 1, 0.1, speculation.evaluate(cases, FLASH_6, BF16)
+        "speculation", environment(), "mid", "cpu", 64, 1, 0.1, speculation.evaluate(cases, FLASH_6, BF16)
     )
     speculation.show(found, tmp_path / "run.json")
     assert "other processes kept 0.1 cores busy" in capsys.readouterr().out
@@ -94,3 +97,23 @@ def test_more_new_tokens_than_fit_are_refused(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         speculation.parse_arguments(["model", "--new-tokens", "2000"])
     assert "--new-tokens: found 2000, expected at most 960" in capsys.readouterr().err
+
+
+def test_a_parting_is_explained_where_the_two_best_logits_lie_within_one_step() -> None:
+    # A step of bfloat16 is 2^-5 between 4 and 8.
+    seen = {
+        (0, 1): TopTwo((7, 3), (5.0, 5.0 - 2**-5)),
+        (1, 0): TopTwo((7, 3), (5.0, 5.0 - 2**-4)),
+        (2, 2): TopTwo((7, 4), (5.0, 5.0)),
+    }
+    found = compare(
+        [[1, 3, 9], [3, 3, 3], [2, 2, 3], [5, 5, 5]], [[1, 7, 8], [7, 3, 3], [2, 2, 7], [5, 5, 5]], seen, 4, BF16
+    )
+    assert (found.prompts, found.tokens, found.near_ties, found.steps_apart) == (4, 1 + 0 + 2 + 3, 1, [1.0, 2.0, 0.0])
+    assert [(parting.position, parting.plain) for parting in found.unexplained] == [(0, 3), (2, 3)]
+
+
+def test_the_two_best_logits_are_found(rng: np.random.Generator) -> None:
+    logits = rng.standard_normal(300).astype(np.float32)
+    second, first = np.argsort(logits)[-2:].tolist()
+    assert top_two(logits.copy()) == TopTwo((first, second), (float(logits[first]), float(logits[second])))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from step3p5.speculation.kept_rows import concatenated
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
 from step3p5.speculation.state import RequestState
 
@@ -133,21 +134,21 @@ def test_a_schedule_is_followed() -> None:
 
 def test_rows_of_unread_positions_are_kept_and_no_more() -> None:
     state = RequestState(position=10, depth=3, limit=6)
-    state.advance(14, 3, rows(10, 14), drafts=[1, 2, 3])
+    state.advance(14, 3, rows(10, 14), drafts=None)
     assert state.first_unread(3) == 12
     assert state.first_unread(1) == 14
-    state.advance(15, 0, rows(14, 15), drafts=[])
+    state.advance(15, 0, rows(14, 15), drafts=None)
     assert stored(state, 12) == [12, 13, 14]
     assert stored(state, 14) == [14]
-    state.advance(17, 1, rows(15, 17), drafts=[1])
+    state.advance(17, 1, rows(15, 17), drafts=None)
     assert state.first_unread(1) == 17
     assert stored(state, state.first_unread(3)) == [12, 13, 14, 15, 16]
     for end in range(18, 25):
-        state.advance(end, 0, rows(end - 1, end), drafts=[])
+        state.advance(end, 0, rows(end - 1, end), drafts=None)
     assert stored(state, state.first_unread(3)) == [18, 19, 20, 21, 22, 23]
-    state.advance(40, 0, rows(34, 40), drafts=[])
+    state.advance(40, 0, rows(34, 40), drafts=None)
     assert stored(state, state.first_unread(3)) == [34, 35, 36, 37, 38, 39]
-    state.advance(41, 3, rows(40, 41), drafts=[1, 2, 3])
+    state.advance(41, 3, rows(40, 41), drafts=None)
     assert stored(state, state.first_unread(3)) == [39, 40]
 
 
@@ -156,4 +157,4 @@ def rows(start: int, end: int) -> np.ndarray:
 
 
 def stored(state: RequestState, position: int) -> list[int]:
-    return [int(value) for piece in state.rows_from(position) for value in piece[:, 0]]
+    return concatenated(state.rows_from(position), 1, np.float32)[:, 0].astype(int).tolist()

@@ -48,6 +48,12 @@ def drafting(predictable: Path) -> Iterator[AutoModel]:
         yield model
 
 
+@pytest.fixture(params=[False, True], ids=["by the host", "on the device"])
+def handed_on(drafting: AutoModel, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """How drafts and kept rows go from a step to the next: as on a CPU, and as on a GPU."""
+    monkeypatch.setattr(drafting.pipeline._pipeline_model, "stays_on_device", request.param)
+
+
 SAMPLED = SamplingParams(temperature=2.0, top_k=100, top_p=0.95, seed=SEED, ignore_eos=True)
 
 
@@ -69,6 +75,7 @@ def test_every_depth_drafts_as_the_reference_does(
     recorder.check(Reference.from_checkpoint(predictable))
 
 
+@pytest.mark.usefixtures("handed_on")
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_not_one_token_differs(
@@ -83,6 +90,7 @@ def test_not_one_token_differs(
     assert got == want
 
 
+@pytest.mark.usefixtures("handed_on")
 @pytest.mark.parametrize("chunk", [1, 100])
 def test_chunks_of_a_prompt_beside_a_running_request_change_nothing(
     plain: AutoModel, drafting: AutoModel, rng: np.random.Generator, chunk: int
@@ -113,6 +121,7 @@ def test_an_end_token_among_accepted_drafts_ends_the_request(
         assert got == tokens[: tokens.index(end) + 1]
 
 
+@pytest.mark.usefixtures("handed_on")
 @pytest.mark.parametrize("lengths", [(40,), (3, 250, 130)])
 def test_drafting_goes_on_after_a_rest_as_if_there_had_been_none(
     plain: AutoModel,

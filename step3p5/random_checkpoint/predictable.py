@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ TARGET_HEAD = "lm_head.weight"
 RING_STRENGTH = 0.5
 """Size of a ring row beside a random one: the ring decides nearly every greedy choice, but does not make it certain."""
 
-_ROWS_AT_A_TIME = 1024
+_ROWS_AT_A_TIME = 512
 _GOLDEN_RATIO = 0.618
 
 
@@ -91,17 +93,28 @@ def _write_rows(
     embedding: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
     ring: TokenRing,
 ) -> None:
-    """Gives the head's rows of `tokens` the embedding of the tokens before them, at the head's own scale."""
+    """Gives the head's rows of `tokens`, ascending, the embedding of the tokens before them at the head's own scale."""
     # The embedding has unit variance.
     scale = np.float32(RING_STRENGTH * distribution(tensor.spec).std)
-    with path.open("r+b") as file:
-        for start in range(0, len(tokens), _ROWS_AT_A_TIME):
-            block = tokens[start : start + _ROWS_AT_A_TIME]
-            stored = embedding[ring.preceding(block)]
-            values = stored if stored.dtype == np.float32 else (stored.astype(np.uint32) << 16).view(np.float32)
-            rows = _encode(values * scale, tensor.dtype)
-            for token, row in zip(block, rows, strict=True):
-                os.pwrite(file.fileno(), row.tobytes(), tensor.offset + int(token) * row.nbytes)
+    row_bytes = tensor.spec.shape[1] * tensor.dtype.itemsize
+    scaled = _scaled_bits(scale)
+
+    def write_block(block: npt.NDArray[np.int64]) -> None:
+        stored = embedding.take(ring.preceding(block), axis=0)
+        rows = stored * scale if tensor.dtype is CheckpointDtype.FLOAT32 else scaled.take(stored.astype(np.intp))
+        ends = [*(np.flatnonzero(np.diff(block) != 1) + 1), len(block)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            os.pwrite(file.fileno(), rows[start:end].data, tensor.offset + int(block[start]) * row_bytes)
+
+    with path.open("r+b") as file, ThreadPoolExecutor(os.cpu_count()) as executor:
+        blocks = [tokens[start : start + _ROWS_AT_A_TIME] for start in range(0, len(tokens), _ROWS_AT_A_TIME)]
+        deque(executor.map(write_block, blocks), maxlen=0)
+
+
+def _scaled_bits(scale: np.float32) -> npt.NDArray[np.uint16]:
+    """What each of the 65536 bfloat16 bit patterns becomes when it is multiplied by `scale`."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return bfloat16_bits((np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32) * scale)
 
 
 def _write_identity(path: Path, tensor: ShardTensor) -> None:

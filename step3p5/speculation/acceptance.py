@@ -19,16 +19,21 @@ from max.pipelines.context.tokens import TokenBuffer
 
 
 class TokensAhead:
-    """A request's tokens followed by some that are not its own yet: what the sampler reads of a `TokenBuffer`.
+    """A request's tokens followed by its first `count` drafts: what the sampler reads of a `TokenBuffer`.
 
-    Nothing is copied before it is asked for; a long context has thousands of tokens and the sampler rarely needs them.
+    Nothing is copied before it is asked for: a long context has thousands of tokens and the sampler rarely needs them,
+    and the drafts may still be on the device.
     """
 
-    def __init__(self, tokens: TokenBuffer, extra: Sequence[int]) -> None:
-        self._tokens, self._extra = tokens, np.asarray(extra, dtype=np.int64)
+    def __init__(self, tokens: TokenBuffer, drafts: Sequence[int], count: int) -> None:
+        self._tokens, self._drafts, self._count = tokens, drafts, count
+
+    @property
+    def _extra(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self._drafts[: self._count], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._tokens) + len(self._extra)
+        return len(self._tokens) + self._count
 
     @property
     def prompt_length(self) -> int:
@@ -38,7 +43,7 @@ class TokensAhead:
     @property
     def current_position(self) -> int:
         """Where the next token goes."""
-        return self._tokens.current_position + len(self._extra)
+        return self._tokens.current_position + self._count
 
     @property
     def all(self) -> npt.NDArray[np.int64]:
@@ -68,14 +73,14 @@ def contexts_ahead(context: TextContext, drafts: Sequence[int]) -> list[TextCont
     ahead = [context]
     for count in range(1, len(drafts) + 1):
         later = copy.copy(context)
-        later.tokens = cast(TokenBuffer, TokensAhead(context.tokens, drafts[:count]))
+        later.tokens = cast(TokenBuffer, TokensAhead(context.tokens, drafts, count))
         ahead.append(later)
     return ahead
 
 
 def num_accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:
     """How many of `drafts` were drawn, up to the first that was not; `drawn` has one token more."""
-    for index, draft in enumerate(drafts):
+    for index, draft in enumerate(drafts[:]):  # in one read
         if drawn[index] != draft:
             return index
     return len(drafts)

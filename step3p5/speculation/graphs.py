@@ -1,4 +1,4 @@
-"""The two graphs around the drafts: the verifying target, and the selection of the rows that the drafts read."""
+"""The graphs around the drafts: the verifying target, the choice of its tokens, and that of the rows drafts read."""
 
 from __future__ import annotations
 
@@ -83,3 +83,31 @@ class RowSelection(Module):
             TensorType(DType.int64, ["rows"], self.device),
             TensorType(DType.int64, ["keep"], self.device),
         )
+
+
+class TokenSelection(Module):
+    """Puts the tokens that the target verifies together from those that the host knows and the drafts.
+
+    Args:
+        depth: The most drafts of a request.
+        device: Where they are.
+    """
+
+    def __init__(self, depth: int, device: DeviceRef) -> None:
+        super().__init__()
+        self.depth, self.device = depth, device
+
+    def __call__(self, known: TensorValue, places: TensorValue, *drafted: TensorValue) -> TensorValue:
+        """Gathers `[total_seq_len]` int64.
+
+        Args:
+            known: Tokens that the host knows, `[known]` int64.
+            places: `[total_seq_len]` int64, where each token stands in `known` followed by `drafted`.
+            drafted: What each depth drafted, `[drafts]` int64.
+        """
+        return ops.gather(ops.concat([known, *drafted]), places, axis=0)
+
+    def input_types(self) -> tuple[Type[Any], ...]:
+        """The graph's inputs: those of `__call__`, in its order."""
+        drafted = (f"drafts_{index}" for index in range(self.depth))
+        return tuple(TensorType(DType.int64, [name], self.device) for name in ("known", "total_seq_len", *drafted))

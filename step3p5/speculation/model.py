@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from itertools import chain
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from max import tree
 from max.driver import Buffer
+from max.dtype import DType
 from max.engine import InferenceSession, Model
 from max.nn.kv_cache import KVCacheInputs, KVCacheInputsPerDevice, KVCacheParams
 from max.pipelines.context import TextContext
@@ -28,15 +28,18 @@ from ..mtp import MTPDepth, depth_weights, swiglu_limit
 from ..precision import activation_dtype
 from ..step3p5 import index_within_cache
 from ..tokenizer import check_token_ids
-from .graphs import RowSelection, VerifyingStep3p5
-from .host_rows import rows_from_host, rows_to_host
+from .drafted import Drafted, DraftReader
+from .graphs import RowSelection, TokenSelection, VerifyingStep3p5
+from .host_rows import host_dtype, rows_from_host, rows_to_host
+from .kept_rows import DeviceRows, KeptRows, Rows, common_source, concatenated, split_rows
 from .rows import DraftRows
+from .transfers import OneCopy
+from .verified_tokens import tokens_to_verify
 
 logger = logging.getLogger("max.pipelines")
 
-SELECTION = "mtp_rows"
-"""Role of the graph that selects the drafts' rows."""
-
+SELECTION, TOKENS = "mtp_rows", "mtp_tokens"
+"""Roles of the graphs that select the drafts' rows and the tokens to verify."""
 
 TYPICAL_CONTEXT = 1024
 """Tokens of a request that the byte account assumes; where contexts are longer, measured times tell."""
@@ -55,6 +58,9 @@ class SpeculativeStep3p5Model(Step3p5Model):
 
     drafts: list[Model]
     """The compiled depths, first to last."""
+
+    stays_on_device: bool
+    """Whether drafts and kept rows go from one step to the next without passing through the host."""
 
     @property
     def depth(self) -> int:
@@ -84,7 +90,11 @@ class SpeculativeStep3p5Model(Step3p5Model):
         models = super().load_graphs(session)
         config = self.arch_config_as(Step3p5Config)
         self.drafts = [models[depth_role(depth)] for depth in range(len(config.drafting_layers))]
-        self._selection = models.get(SELECTION)
+        self._selection, self._tokens = models.get(SELECTION), models.get(TOKENS)
+        device = self.devices[0]
+        # Each waits for its own last copy alone.
+        self._to_verify, self._to_draft, self._drafts = OneCopy(device), OneCopy(device), DraftReader(device)
+        self.stays_on_device = not device.is_host
         asked = self.pipeline_config.speculative.num_speculative_tokens if self.pipeline_config.speculative else 0
         if self.depth < (asked or 0):
             logger.warning(
@@ -131,6 +141,8 @@ class SpeculativeStep3p5Model(Step3p5Model):
         hidden_dtype = activation_dtype(model_config.dtype, device)
         selection = RowSelection(model_config.model.hidden_size, hidden_dtype, device)
         specs[SELECTION] = GraphSpec(selection, "step3p5_mtp_rows", selection.input_types(), weights={})
+        tokens = TokenSelection(len(drafting), device)
+        specs[TOKENS] = GraphSpec(tokens, "step3p5_mtp_tokens", tokens.input_types(), weights={})
         return specs
 
     def verify(
@@ -155,81 +167,114 @@ class SpeculativeStep3p5Model(Step3p5Model):
         """
         vocab_size = self.arch_config_as(Step3p5Config).model.vocab_size
         for context in contexts:
-            check_token_ids(context.tokens.active, vocab_size)
-        lengths = [context.tokens.active_length + len(d) for context, d in zip(contexts, drafts, strict=True)]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = np.concatenate(
-            [*chain.from_iterable((context.tokens.active, d) for context, d in zip(contexts, drafts, strict=True))]
+            if context.tokens.generated_length == 0:  # what was sampled needs no check
+                check_token_ids(context.tokens.active, vocab_size)
+        rows = tokens_to_verify([context.tokens.active for context in contexts], drafts, self.stays_on_device)
+        known, places, offsets, logit_rows = self._to_verify.send(
+            rows.known, rows.places, rows.input_row_offsets, rows.logit_rows
         )
-        ends = zip(offsets[1:], drafts, strict=True)
-        logit_rows = np.concatenate([np.arange(end - 1 - len(d), end) for end, d in ends])
-        logits, hidden = self.model.execute(
-            self._on_device(tokens.astype(np.int64)),
-            self._on_device(offsets.astype(np.uint32)),
-            self._on_device(logit_rows.astype(np.int64)),
-            *tree.leaves(kv_cache_inputs),
-        )
+        tokens = known
+        if rows.made is not None:
+            assert self._tokens is not None
+            rest = [Buffer(DType.int64, [0], self.devices[0])] * (self.depth - len(rows.made.by_depth))
+            (tokens,) = self._tokens.execute(known, places, *rows.made.by_depth, *rest)
+        logits, hidden = self.model.execute(tokens, offsets, logit_rows, *tree.leaves(kv_cache_inputs))
         return logits, hidden
 
     def draft(
         self,
         plan: DraftRows,
         hidden: Buffer,
-        kept: npt.NDArray[Any],
+        kept: Sequence[Rows],
         kv_cache_inputs: KVCacheInputs[Buffer, Buffer],
         drafting: Sequence[int],
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    ) -> tuple[Drafted, list[Rows]]:
         """Drafts one token of each drafting request with each depth that `plan` names.
 
         Args:
             plan: The rows to read.
             hidden: The target's hidden states of this step.
-            kept: Hidden states kept from earlier steps, `[kept, hidden_size]`, as `rows_to_host` gives them.
+            kept: Hidden states kept from earlier steps, in the order of `plan`.
             kv_cache_inputs: The cache as given to `verify`.
             drafting: The drafting requests' places in the batch that was verified.
 
         Returns:
-            The drafted tokens `[len(drafting), depths]`, and the hidden states to keep `[len(plan.keep), hidden_size]`.
+            The drafts of the requests `drafting`, and the hidden states to keep of each request in `plan`.
         """
         if not drafting and 2 * len(plan.keep) >= hidden.shape[0]:
             # While drafting rests, a step costs no graph more than plain decoding.
-            return np.empty((0, 0), dtype=np.int64), rows_to_host(hidden)[plan.keep]
+            return self._drafts.start([]), split_rows(rows_to_host(hidden)[plan.keep], plan.keep_counts)
         assert self._selection is not None
         config = self.arch_config_as(Step3p5Config)
-        kept_on_device = rows_from_host(kept, hidden.dtype, self.devices[0])
-        previous, keep = self._selection.execute(
-            hidden, kept_on_device, self._on_device(plan.rows), self._on_device(plan.keep)
+        source = common_source(kept) if self.stays_on_device else None
+        if source is None:
+            on_host = concatenated(kept, config.model.hidden_size, host_dtype(hidden.dtype))
+            kept_rows = rows_from_host(on_host, hidden.dtype, self.devices[0])
+        else:
+            kept_rows, plan = source[0].on_device, plan.with_kept_at(source[1], int(hidden.shape[0]))
+        rows, keep, tokens, following, row_offsets, cache_lengths, *known = self._to_draft.send(
+            plan.rows,
+            plan.keep,
+            plan.tokens,
+            plan.following,
+            plan.input_row_offsets,
+            plan.cache_lengths,
+            *plan.known,
         )
+        previous, kept_now = self._selection.execute(hidden, kept_rows, rows, keep)
+        to_keep: Rows
+        if self.stays_on_device and plan.keeps_all:
+            to_keep = DeviceRows(KeptRows(kept_now), 0, len(plan.keep))
+        else:
+            to_keep = rows_to_host(kept_now)
         if not drafting:
-            return np.empty((0, 0), dtype=np.int64), rows_to_host(keep)
-        tokens, following = self._on_device(plan.tokens), self._on_device(plan.following)
-        row_offsets = self._on_device(plan.input_row_offsets)
-        cache_layers = index_within_cache((*config.model.layers, *config.drafting_layers))[len(config.model.layers) :]
-        kinds = {str(layer.attention.kind) for layer in config.drafting_layers[: len(plan.known)]}
-        caches = {kind: self._draft_cache(kind, kv_cache_inputs[kind][0], plan, drafting) for kind in kinds}
+            return self._drafts.start([]), split_rows(to_keep, plan.keep_counts)
+        kinds = {str(layer.attention.kind) for layer in config.drafting_layers[: len(known)]}
+        caches = {
+            kind: tree.leaves(self._draft_cache(kind, kv_cache_inputs[kind][0], plan, cache_lengths, drafting))
+            for kind in kinds
+        }
         drafted = []
-        for depth, known in enumerate(plan.known):
+        for depth, after in enumerate(known):
             layer = config.drafting_layers[depth]
             previous, tokens, chosen, _ = self.drafts[depth].execute(
                 previous,
                 tokens,
                 following,
-                self._on_device(known),
+                after,
                 row_offsets,
-                Buffer.from_numpy(np.array(cache_layers[depth], dtype=np.uint32)),
-                Buffer.from_numpy(np.array(swiglu_limit(layer), dtype=np.float32)),
-                *tree.leaves(caches[str(layer.attention.kind)]),
+                *self._depth_scalars[depth],
+                *caches[str(layer.attention.kind)],
             )
             drafted.append(chosen)
-        return np.stack([chosen.to_numpy() for chosen in drafted], axis=1), rows_to_host(keep)
+        return self._drafts.start(drafted), split_rows(to_keep, plan.keep_counts)
+
+    @cached_property
+    def _depth_scalars(self) -> list[tuple[Buffer, Buffer]]:
+        """Each depth's index within its cache and the clamp limit of its MLP, on the host."""
+        config = self.arch_config_as(Step3p5Config)
+        layers = (*config.model.layers, *config.drafting_layers)
+        indices = index_within_cache(layers)[len(config.model.layers) :]
+        return [
+            (
+                Buffer.from_numpy(np.array(index, dtype=np.uint32)),
+                Buffer.from_numpy(np.array(swiglu_limit(layer), dtype=np.float32)),
+            )
+            for index, layer in zip(indices, config.drafting_layers, strict=True)
+        ]
 
     def _draft_cache(
-        self, kind: str, cache: KVCacheInputsPerDevice[Buffer, Buffer], plan: DraftRows, drafting: Sequence[int]
+        self,
+        kind: str,
+        cache: KVCacheInputsPerDevice[Buffer, Buffer],
+        plan: DraftRows,
+        cache_lengths: Buffer,
+        drafting: Sequence[int],
     ) -> KVCacheInputsPerDevice[Buffer, Buffer]:
         """The cache of `kind` as the depths see it: of the drafting requests, at the positions that they read."""
         pages, metadata = cache.lookup_table, cache.attention_dispatch_metadata
         if len(drafting) < pages.shape[0]:
-            pages = self._on_device(pages.to_numpy()[list(drafting)])
+            pages = Buffer.from_numpy(pages.to_numpy()[list(drafting)]).to(self.devices[0])
         if metadata is not None:
             params = self.arch_config_as(Step3p5Config).kv_params.child(kind, KVCacheParams)
             key = params.resolve_attn_key(len(drafting), plan.max_prompt_length, plan.max_length)
@@ -237,10 +282,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         return dataclasses.replace(
             cache,
             lookup_table=pages,
-            cache_lengths=self._on_device(plan.cache_lengths),
+            cache_lengths=cache_lengths,
             max_prompt_length=Buffer.from_numpy(np.array([plan.max_prompt_length], dtype=np.uint32)),
             attention_dispatch_metadata=metadata,
         )
-
-    def _on_device(self, array: npt.NDArray[Any]) -> Buffer:
-        return Buffer.from_numpy(np.ascontiguousarray(array)).to(self.devices[0])

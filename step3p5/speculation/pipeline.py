@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from max.driver import Buffer
 from max.pipelines.context import TextContext, TextGenerationOutput
 from max.pipelines.context.exceptions import InputError
@@ -19,11 +17,11 @@ from max.support.algorithm import flatten2d
 from typing_extensions import override
 
 from .acceptance import can_verify_drafts, commit, contexts_ahead, num_accepted
-from .host_rows import host_dtype
+from .drafted import Drafts
 from .model import SpeculativeStep3p5Model
 from .policy import AdaptiveDepth, DraftPlan, FixedDepth
 from .rows import Advance, draft_rows
-from .state import RequestState, concatenated
+from .state import RequestState
 from .statistics import Statistics
 
 
@@ -74,23 +72,19 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         states = [self._state(context) for context in batch]
         drafts = [self._drafts_to_verify(context, state) for context, state in zip(batch, states, strict=True)]
         pure = all(context.tokens.active_length == 1 and context.tokens.generated_length for context in batch)
-        ahead = flatten2d([contexts_ahead(context, d) for context, d in zip(batch, drafts, strict=True)])
-        bitmask = self.initialize_bitmask(ahead)
-        if bitmask is not None:
-            for row, context in enumerate(ahead):
-                self.update_for_structured_output(context, bitmask, row)
         for context, own in zip(batch, drafts, strict=True):
-            context.spec_decoding_state.draft_tokens_to_verify = own
+            # The cache makes room for as many; their tokens may be on the device alone.
+            context.spec_decoding_state.draft_tokens_to_verify = [0] * len(own)
         kv_cache_inputs = self._kv_manager.runtime_inputs(inputs.batches)
         logits, hidden = self._pipeline_model.verify(batch, drafts, kv_cache_inputs)
-        drawn = self._sample(logits, ahead, bitmask)
+        drawn = self._sample(logits, batch, drafts)
         first_rows = self._commit(batch, drafts, drawn)
         verified = time.perf_counter()
-        outputs = {c.request_id: output for c in batch if (output := c.to_generation_output()).tokens}
         if pure and self._planned.num_requests == len(batch):
             self.policy.record_verification(len(batch), self._planned.depth, verified - started)
         self._draft(batch, states, first_rows, hidden, kv_cache_inputs, pure)
         self.statistics.record_times(verified - started, time.perf_counter() - verified)
+        outputs = {c.request_id: output for c in batch if (output := c.to_generation_output()).tokens}
         for context in batch:
             self._kv_manager.step(context)
         return outputs
@@ -104,14 +98,19 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             self._states[context.request_id] = state
         return state
 
-    def _drafts_to_verify(self, context: TextContext, state: RequestState) -> list[int]:
+    def _drafts_to_verify(self, context: TextContext, state: RequestState) -> Sequence[int]:
         """The request's drafts, as far as there is room for them before its maximum length."""
-        if context.tokens.active_length != 1 or not can_verify_drafts(context):
+        if state.drafts is None or context.tokens.active_length != 1 or not can_verify_drafts(context):
             return []
-        return list(state.drafts[: max(0, context.max_length - len(context.tokens) - 1)])
+        return state.drafts.first(context.max_length - len(context.tokens) - 1)
 
-    def _sample(self, logits: Buffer, ahead: list[TextContext], bitmask: npt.NDArray[np.int32] | None) -> list[int]:
+    def _sample(self, logits: Buffer, batch: Sequence[TextContext], drafts: Sequence[Sequence[int]]) -> list[int]:
         """One token for each row of `logits`, drawn as the plain pipeline would draw it at that position."""
+        ahead = flatten2d([contexts_ahead(context, own) for context, own in zip(batch, drafts, strict=True)])
+        bitmask = self.initialize_bitmask(ahead)
+        if bitmask is not None:
+            for row, context in enumerate(ahead):
+                self.update_for_structured_output(context, bitmask, row)
         sampler = self._sampler_without_bitmask if bitmask is None else self._sampler_with_bitmask
         assert sampler is not None
         processor = FusedSamplingProcessor(
@@ -128,7 +127,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         tokens: list[int] = processor.get_new_tokens_numpy().ravel().tolist()
         return tokens
 
-    def _commit(self, batch: Sequence[TextContext], drafts: Sequence[list[int]], drawn: list[int]) -> list[int]:
+    def _commit(self, batch: Sequence[TextContext], drafts: Sequence[Sequence[int]], drawn: list[int]) -> list[int]:
         """Appends to each request what was drawn for it up to the first rejected draft, and counts acceptance.
 
         Returns:
@@ -146,7 +145,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             else:
                 accepted = num_accepted(own, tokens)
                 commit(context, tokens[: accepted + 1])
-                if own:
+                if len(own):
                     counts.append((len(own), accepted))
             context.spec_decoding_state.draft_tokens_to_verify = []
         self._step_metrics = self.statistics.record_step(counts)
@@ -179,25 +178,36 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             drafting = sorted(sorted(running, key=behind.__getitem__)[: plan.num_requests])
         else:
             drafting = []
+        chosen = set(drafting)
         advances = []
         for index in running:
             end, start = batch[index].tokens.processed_length, states[index].position
-            depth = plan.depth if index in drafting else 0
-            unread = states[index].first_unread(plan.depth) if depth else start
-            keep = min(states[index].rows_to_keep(end, depth), end - start)
+            depth = plan.depth if index in chosen else 0
+            kept = start - states[index].first_unread(plan.depth) if depth else 0
+            wanted, new = states[index].rows_to_keep(end, depth), end - start
+            # Rows that an earlier step kept are kept again if that makes all of them lie together.
+            keeps_all = wanted <= kept + new
             advances.append(
-                Advance(batch[index].tokens.all, start, end, first_rows[index], start - unread, depth > 0, keep)
+                Advance(
+                    batch[index].tokens.all,
+                    start,
+                    end,
+                    first_rows[index],
+                    kept,
+                    depth > 0,
+                    wanted if keeps_all else new,
+                    keeps_all,
+                )
             )
         rows = draft_rows(advances, int(hidden.shape[0]), plan.depth)
         pieces = [p for i, a in zip(running, advances, strict=True) for p in states[i].rows_from(a.start - a.kept)]
-        kept = concatenated(pieces, int(hidden.shape[1]), host_dtype(hidden.dtype))
-        drafted, new_rows = model.draft(rows, hidden, kept, kv_cache_inputs, drafting)
-        splits = np.split(new_rows, np.cumsum(rows.keep_counts)[:-1])
-        own_drafts = dict(zip(drafting, drafted.tolist(), strict=True))
-        for index, advance, own_rows in zip(running, advances, splits, strict=True):
+        drafted, kept_rows = model.draft(rows, hidden, pieces, kv_cache_inputs, drafting)
+        places = {index: place for place, index in enumerate(drafting)}
+        for index, advance, own_rows in zip(running, advances, kept_rows, strict=True):
             depth = plan.depth if advance.drafts else 0
             # Amid a prompt the next tokens are known: what was drafted stands for none.
-            drafts = own_drafts.get(index, ()) if advance.end + 1 == len(advance.tokens) else ()
+            amid_prompt = advance.end + 1 < len(advance.tokens)
+            drafts = None if amid_prompt or not depth else Drafts(drafted, places[index], depth)
             states[index].advance(advance.end, depth, own_rows, drafts)
         if plan.depth and pure and plan.num_requests == len(running) and rows.max_prompt_length <= 2 * model.depth:
             self.policy.record_drafting(len(running), plan.depth, time.perf_counter() - started)

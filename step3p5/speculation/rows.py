@@ -8,6 +8,7 @@ verified: every depth then holds what a pass over the chosen tokens alone would 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,8 +26,8 @@ class Advance:
 
     `tokens` are all its tokens so far; positions `start … end - 1` became part of its cache, the target's hidden states
     of which are rows `first_row …` of the step's ragged batch. Where the request `drafts`, the rows of the `kept`
-    positions before `start`, which come from earlier steps, are read once more. The last `keep` of the new rows are
-    wanted later.
+    positions before `start`, which come from earlier steps, are read once more. The last `keep` of the kept and new
+    rows are wanted later.
     """
 
     tokens: Int64
@@ -36,6 +37,8 @@ class Advance:
     kept: int
     drafts: bool
     keep: int
+    keeps_all: bool = True
+    """Whether nothing older is wanted later."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,13 @@ class DraftRows:
 
     input_row_offsets: npt.NDArray[np.uint32]
     cache_lengths: npt.NDArray[np.uint32]
+    keeps_all: bool
+    """Whether `keep` has all that the next steps need of every request, so that no older rows are kept beside it."""
+
+    def with_kept_at(self, places: Int64, num_hidden_rows: int) -> DraftRows:
+        """The same where the kept rows lie at `places` rather than one after the other."""
+        moved = np.concatenate([np.arange(num_hidden_rows), num_hidden_rows + places])
+        return dataclasses.replace(self, rows=moved[self.rows], keep=moved[self.keep])
 
     @property
     def max_prompt_length(self) -> int:
@@ -75,35 +85,48 @@ def draft_rows(advances: Sequence[Advance], num_hidden_rows: int, depth: int) ->
         depth: Depths that will run, for the requests that draft; with 0 none does.
     """
     drafting = [advance for advance in advances if advance.drafts]
-    rows, keep, tokens, following = [], [], [], []
-    lengths: list[int] = []
-    next_kept, num_rows = num_hidden_rows, 0
-    total = sum(advance.kept + advance.end - advance.start for advance in drafting)
-    for advance in advances:
-        new = np.arange(advance.first_row, advance.first_row + advance.end - advance.start)
-        keep.append(new[len(new) - advance.keep :])
-        if advance.drafts:
-            own = np.concatenate([np.arange(next_kept, next_kept + advance.kept), new])
-            next_kept += advance.kept
-            rows.append(own)
-            tokens.append(advance.tokens[advance.start - advance.kept + 1 : advance.end + 1])
-            following.append(np.append(np.arange(num_rows + 1, num_rows + len(own)), total + len(lengths)))
-            num_rows += len(own)
-            lengths.append(len(own))
-    none = np.empty(0, dtype=np.int64)
-    return DraftRows(
-        rows=np.concatenate([none, *rows]),
-        keep=np.concatenate([none, *keep]),
-        keep_counts=tuple(map(len, keep)),
-        tokens=np.concatenate([none, *tokens]),
-        following=np.concatenate([none, *following]),
-        known=tuple(
-            np.array([_token(advance.tokens, advance.end + 1 + index) for advance in drafting])
-            for index in range(depth)
-        ),
-        input_row_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32),
-        cache_lengths=np.array([advance.start - advance.kept for advance in drafting], dtype=np.uint32),
+    first, new, kept, wanted = (
+        np.array(column, dtype=np.int64)
+        for column in zip(
+            *((a.first_row, a.end - a.start, a.kept if a.drafts else 0, a.keep) for a in advances), strict=True
+        )
     )
+    first_kept = num_hidden_rows + np.cumsum(kept) - kept
+    # Of every request the kept rows, then the new ones.
+    rows = ragged_range(_alternating(first_kept, first), _alternating(kept, new))
+    lengths = kept + new
+    ends = np.cumsum(lengths)
+    keep = rows[ragged_range(ends - wanted, wanted)]
+    drafts = np.array([advance.drafts for advance in advances])
+    rows, lengths = rows[np.repeat(drafts, lengths)], lengths[drafts]
+    ends = np.cumsum(lengths)
+    following = np.arange(1, len(rows) + 1)
+    following[ends - 1] = len(rows) + np.arange(len(ends))
+    tokens = [a.tokens[a.start - a.kept + 1 : a.end + 1] for a in drafting]
+    return DraftRows(
+        rows=rows,
+        keep=keep,
+        keep_counts=tuple(wanted.tolist()),
+        tokens=np.concatenate([np.empty(0, dtype=np.int64), *tokens]),
+        following=following,
+        known=tuple(
+            np.array([_token(a.tokens, a.end + 1 + index) for a in drafting], dtype=np.int64) for index in range(depth)
+        ),
+        input_row_offsets=np.concatenate([[0], ends]).astype(np.uint32),
+        cache_lengths=np.array([advance.start - advance.kept for advance in drafting], dtype=np.uint32),
+        keeps_all=all(advance.keeps_all for advance in advances),
+    )
+
+
+def ragged_range(starts: Int64, lengths: Int64) -> Int64:
+    """`starts[0] … starts[0] + lengths[0] - 1`, then the same of the next, one after the other."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _alternating(first: Int64, second: Int64) -> Int64:
+    return np.stack([first, second], axis=1).ravel()
 
 
 def _token(tokens: Int64, position: int) -> int:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from .drafted import Drafts
+from .kept_rows import Rows
 
 
 class RequestState:
@@ -26,10 +24,10 @@ class RequestState:
     def __init__(self, position: int, depth: int, limit: int) -> None:
         self.position = position
         """Processed length when the last step ended; a request with another one was preempted since."""
-        self.drafts: tuple[int, ...] = ()
+        self.drafts: Drafts | None = None
         self._done = [position] * depth
         self._limit = limit
-        self._rows: deque[npt.NDArray[Any]] = deque()
+        self._rows: deque[Rows] = deque()
         self._rows_start = position
         self._num_rows = 0
 
@@ -37,7 +35,7 @@ class RequestState:
         """The position at which a pass of the first `depth` depths must begin."""
         return max(min(self._done[:depth], default=self.position), self._rows_start)
 
-    def rows_from(self, position: int) -> list[npt.NDArray[Any]]:
+    def rows_from(self, position: int) -> list[Rows]:
         """The kept hidden states of positions from `position` on, in pieces `[n, hidden_size]`."""
         pieces, start = [], self._rows_start
         for rows in self._rows:
@@ -50,17 +48,18 @@ class RequestState:
         """How many of the positions before `end` must be kept once a pass of `depth` depths has read up to it."""
         return end - max(min(self._done_after(end, depth)), end - self._limit)
 
-    def advance(self, end: int, depth: int, new_rows: npt.NDArray[Any], drafts: Sequence[int]) -> None:
+    def advance(self, end: int, depth: int, new_rows: Rows, drafts: Drafts | None) -> None:
         """Records a step.
 
         Args:
             end: Processed length after it.
             depth: Depths that read up to there.
-            new_rows: Hidden states of the last of the step's positions: all of them, or as many as are to be kept.
+            new_rows: Hidden states of the last positions before `end`: of the step's own, or of all that are to be
+                kept.
             drafts: What was drafted.
         """
         keep = self.rows_to_keep(end, depth)
-        if len(new_rows) < end - self.position:
+        if len(new_rows) != end - self.position:
             self._rows.clear()
             self._num_rows = 0
         self._rows.append(new_rows)
@@ -72,13 +71,8 @@ class RequestState:
         self._num_rows = min(stored, keep)
         self._rows_start = end - self._num_rows
         self._done = self._done_after(end, depth)
-        self.position, self.drafts = end, tuple(drafts)
+        self.position, self.drafts = end, drafts
 
     def _done_after(self, end: int, depth: int) -> list[int]:
         # Depth k reads the token k + 1 places on, so its last k positions saw drafts.
         return [end - index if index < depth else done for index, done in enumerate(self._done)]
-
-
-def concatenated(pieces: Sequence[npt.NDArray[Any]], width: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """The pieces `[n, width]` one after the other; none gives `[0, width]`."""
-    return np.concatenate([np.empty((0, width), dtype=dtype), *pieces])
