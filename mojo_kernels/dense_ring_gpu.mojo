@@ -12,7 +12,11 @@ from max.gpu.compute.mma import (
     wgmma_wait_group_sync,
 )
 from max.gpu.host.nvidia.tma import TensorMapSwizzle
-from max.gpu.memory import external_memory, fence_mbarrier_init
+from max.gpu.memory import (
+    CacheEviction,
+    external_memory,
+    fence_mbarrier_init,
+)
 from std.memory import unsafe_stack_allocation
 from std.utils.static_tuple import StaticTuple
 
@@ -141,7 +145,12 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
 
     @always_inline
     def load_weights[
-        BOX_ROWS: Int, TENSORS: Int, shape: Coord, desc: Coord
+        BOX_ROWS: Int,
+        TENSORS: Int,
+        EVICTION: CacheEviction = CacheEviction.EVICT_NORMAL,
+        *,
+        shape: Coord,
+        desc: Coord,
     ](
         self,
         first: TMATensorTile[BF16, shape, desc],
@@ -165,9 +174,13 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
             )
             var at = (column, row + lane // TENSORS * BOX_ROWS)
             if lane % TENSORS == 0:
-                first.async_copy(to, self.full[unsafe_offset=self.stage], at)
+                first.async_copy[eviction_policy=EVICTION](
+                    to, self.full[unsafe_offset=self.stage], at
+                )
             else:
-                second.async_copy(to, self.full[unsafe_offset=self.stage], at)
+                second.async_copy[eviction_policy=EVICTION](
+                    to, self.full[unsafe_offset=self.stage], at
+                )
 
     @always_inline
     def load_tokens[

@@ -7,8 +7,7 @@ from std.sys._assembly import inlined_assembly
 from std.utils.static_tuple import StaticTuple
 
 from .dense_output_gpu import PairedOutput, Quad
-from .dense_ring_gpu import Sums
-from .dense_ring_gpu import SharedTile
+from .dense_ring_gpu import SharedTile, Sums
 from .operands import Elements
 
 comptime STAGED_TOKENS = 64
@@ -82,6 +81,11 @@ def store_tile[
     var from_piece = thread // 32 * D.MATRICES + index % D.MATRICES
     comptime for begin in range(0, N, STAGED_TOKENS):
         comptime COUNT = min(STAGED_TOKENS, N - begin)
+        comptime PASSES = ceildiv(COUNT * PIECES, 128)
+        # Asked for early, since the answer may lie in memory.
+        var to_rows = StaticTuple[Int, PASSES](fill=-1)
+        comptime for i in range(PASSES):
+            to_rows[i] = rows.row(begin + (thread + i * 128) // PIECES)
         group_barrier(group)
         comptime for j in range(0, COUNT // 8, EACH):
             var words = StaticTuple[UInt32, 4](fill=0)
@@ -101,19 +105,20 @@ def store_tile[
                 words,
             )
         group_barrier(group)
-        comptime for i in range(ceildiv(COUNT * PIECES, 128)):
+        comptime for i in range(PASSES):
             var place = thread + i * 128
             var t = place // PIECES
             var piece = place % PIECES
             var values = staging.unsafe_offset(
                 piece_offset[PIECES](t, piece)
             ).unsafe_load[width=8, alignment=16]()
-            var to_row = rows.row(begin + t)
             var to = row + piece * 8
-            if to_row >= 0 and to < output.features():
+            if to_rows[i] >= 0 and to < output.features():
                 rebind[Elements[DType.bfloat16]](
                     output.results()
-                ).unsafe_offset(to_row * output.features() + to).unsafe_store[
+                ).unsafe_offset(
+                    to_rows[i] * output.features() + to
+                ).unsafe_store[
                     alignment=16
                 ](
                     values

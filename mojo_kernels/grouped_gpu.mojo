@@ -4,11 +4,18 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.utils.numerics import inf
 
+from .dense_output_gpu import LinearOutput, PairedOutput, SwigluOutput
 from .grouped_combine_gpu import launch_combine
-from .grouped_down_gpu import DownProduct, launch_down_wgmma
-from .grouped_gate_up_gpu import GateUpProduct, launch_gate_up_wgmma
 from .grouped_plain_gpu import launch_down_plain, launch_gate_up_plain
+from .grouped_sort_gpu import launch_sort
 from .grouped_tiles_gpu import TILE_M
+from .grouped_wgmma_gpu import (
+    AssignmentRows,
+    GroupedRows,
+    GroupedShape,
+    SortedRows,
+    launch_grouped_wgmma,
+)
 from .operands import Elements, Floats, Ids
 
 comptime BFloats = Elements[DType.bfloat16]
@@ -16,13 +23,16 @@ comptime BFloats = Elements[DType.bfloat16]
 comptime PARTS_BYTES = 256 * 1024 * 1024
 """Most memory for the products of all assignments that wait for their sum."""
 
+comptime SORTED_BYTES = 512 * 1024 * 1024
+"""Most memory for tokens in the order of the experts."""
+
 comptime FEW_TOKENS = 768
 """Up to so many tokens, 64 columns of tokens a tile leave most room for weights on their way."""
 
 comptime MANY_TOKENS = 3072
 """From so many tokens on, tiles of 256 columns."""
 
-comptime FEW_SHARERS = 1
+comptime FEW_SHARERS = 2
 """Blocks of a cluster that share an expert's tokens, up to `FEW_TOKENS`."""
 
 comptime MIDDLE_SHARERS = 2
@@ -69,29 +79,19 @@ def gate_up_grouped(
     var bound = limit if limit > 0 else inf[DType.float32]()
     comptime if ctx.default_device_info.compute == 9.0:
         if hidden_size % 8 == 0 and intermediate_size % 8 == 0:
-            var product = GateUpProduct(
-                act, rows, top_k, intermediate_size, bound
+            _gate_up_wgmma(
+                SwigluOutput(act, intermediate_size, bound),
+                x,
+                gate,
+                up,
+                rows,
+                offsets,
+                tokens,
+                top_k,
+                experts,
+                hidden_size,
+                ctx,
             )
-
-            def launch[width: Int, stages: Int, sharers: Int]() raises {imm}:
-                launch_gate_up_wgmma[width, stages, sharers](
-                    product,
-                    x,
-                    gate,
-                    up,
-                    offsets,
-                    tokens,
-                    experts,
-                    hidden_size,
-                    ctx,
-                )
-
-            if tokens <= FEW_TOKENS:
-                launch[64, 9, FEW_SHARERS]()
-            elif tokens < MANY_TOKENS:
-                launch[128, 6, MIDDLE_SHARERS]()
-            else:
-                launch[256, 4, MANY_SHARERS]()
             return
     launch_gate_up_plain(
         act,
@@ -107,6 +107,82 @@ def gate_up_grouped(
         bound,
         ctx,
     )
+
+
+def _gate_up_wgmma(
+    output: SwigluOutput,
+    x: BFloats,
+    gate: BFloats,
+    up: BFloats,
+    rows: Ids,
+    offsets: Ids,
+    tokens: Int,
+    top_k: Int,
+    experts: Int,
+    hidden_size: Int,
+    ctx: DeviceContext,
+) raises:
+    """The activations of as many assignments at a time as their tokens in order of expert fit `SORTED_BYTES`.
+    """
+    var assignments = tokens * top_k
+    var each = min(SORTED_BYTES // (hidden_size * 2), assignments)
+    var buffer = ctx.enqueue_create_buffer[DType.bfloat16](each * hidden_size)
+    var sorted = buffer.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    for begin in range(0, assignments, each):
+        var end = min(begin + each, assignments)
+        launch_sort(sorted, x, rows, begin, end, top_k, hidden_size, ctx)
+        _multiply[SortedRows](
+            output,
+            rows,
+            offsets,
+            gate,
+            up,
+            sorted,
+            GroupedShape(
+                experts,
+                output.features(),
+                0,
+                output.features(),
+                hidden_size,
+                begin,
+                end,
+            ),
+            tokens,
+            output.limit,
+            ctx,
+        )
+    _ = buffer^
+
+
+def _multiply[
+    D: PairedOutput, //, R: GroupedRows
+](
+    output: D,
+    rows: Ids,
+    offsets: Ids,
+    first: BFloats,
+    second: BFloats,
+    x: BFloats,
+    shape: GroupedShape,
+    tokens: Int,
+    limit: Float32,
+    ctx: DeviceContext,
+) raises:
+    """Enqueues the kernel for so many tokens."""
+
+    def launch[
+        width: Int, stages: Int, sharers: Int, box: Int
+    ]() raises {imm}:
+        launch_grouped_wgmma[D, R, width, stages, sharers, box](
+            output, rows, offsets, first, second, x, shape, limit, ctx
+        )
+
+    if tokens <= FEW_TOKENS:
+        launch[64, 8, FEW_SHARERS, 8]()
+    elif tokens < MANY_TOKENS:
+        launch[128, 6, MIDDLE_SHARERS, 16]()
+    else:
+        launch[256, 4, MANY_SHARERS, 16]()
 
 
 def down_grouped[
@@ -169,9 +245,11 @@ def down_grouped[
     for begin in range(0, hidden_size, columns):
         var end = min(begin + columns, hidden_size)
         _down_parts(
-            DownProduct(parts, rows, begin, end),
+            LinearOutput(parts, end - begin),
+            begin,
             act,
             down,
+            rows,
             offsets,
             tokens,
             top_k,
@@ -196,9 +274,11 @@ def down_grouped[
 
 
 def _down_parts(
-    product: DownProduct,
+    output: LinearOutput,
+    begin: Int,
     act: BFloats,
     down: BFloats,
+    rows: Ids,
     offsets: Ids,
     tokens: Int,
     top_k: Int,
@@ -207,40 +287,41 @@ def _down_parts(
     intermediate_size: Int,
     ctx: DeviceContext,
 ) raises:
-    """The products of all assignments in some columns, `product.parts`."""
+    """The products of all assignments in columns `begin` ..., one row for every assignment.
+    """
     comptime if ctx.default_device_info.compute == 9.0:
         if intermediate_size % 8 == 0:
-
-            def launch[width: Int, stages: Int, sharers: Int]() raises {imm}:
-                launch_down_wgmma[width, stages, sharers](
-                    product,
-                    act,
-                    down,
-                    offsets,
-                    tokens * top_k,
+            _multiply[AssignmentRows](
+                output,
+                rows,
+                offsets,
+                down,
+                down,
+                act,
+                GroupedShape(
                     experts,
                     hidden_size,
+                    begin,
+                    output.features(),
                     intermediate_size,
-                    ctx,
-                )
-
-            if tokens <= FEW_TOKENS:
-                launch[64, 9, FEW_SHARERS]()
-            elif tokens < MANY_TOKENS:
-                launch[128, 6, MIDDLE_SHARERS]()
-            else:
-                launch[256, 4, MANY_SHARERS]()
+                    0,
+                    tokens * top_k,
+                ),
+                tokens,
+                inf[DType.float32](),
+                ctx,
+            )
             return
     launch_down_plain(
-        product.parts,
+        output.results(),
         act,
         down,
-        product.rows,
+        rows,
         offsets,
         experts,
         hidden_size,
         intermediate_size,
-        product.begin,
-        product.end,
+        begin,
+        begin + output.features(),
         ctx,
     )

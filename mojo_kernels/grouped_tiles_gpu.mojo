@@ -16,12 +16,15 @@ struct TileWalk[MAX_N: Int](ImplicitlyCopyable):
     """The tiles in order of expert, weight rows, tokens; one after the other, so that neighbours share weights or
     tokens in the cache.
 
-    An expert without tokens has no tiles. An expert with more than `MAX_N` tokens is cut into equal parts.
+    An expert without tokens has no tiles. An expert with more than `MAX_N` tokens is cut into equal parts. Only
+    assignments `begin` to `end` count.
     """
 
     var offsets: Ids
     var experts: Int
     var row_tiles: Int
+    var begin: Int
+    var end: Int
     var expert: Int
     var passed: Int
     """Tiles of the experts before `expert`."""
@@ -33,10 +36,19 @@ struct TileWalk[MAX_N: Int](ImplicitlyCopyable):
     """Number of assignments of the tile, 1 to `MAX_N`."""
 
     @always_inline
-    def __init__(out self, offsets: Ids, experts: Int, row_tiles: Int):
+    def __init__(
+        out self,
+        offsets: Ids,
+        experts: Int,
+        row_tiles: Int,
+        begin: Int,
+        end: Int,
+    ):
         self.offsets = offsets
         self.experts = experts
         self.row_tiles = row_tiles
+        self.begin = begin
+        self.end = end
         self.expert = 0
         self.passed = 0
         self.row_tile = 0
@@ -48,8 +60,13 @@ struct TileWalk[MAX_N: Int](ImplicitlyCopyable):
         """Goes to a tile, which must not lie before the last one; false behind the last tile of all.
         """
         while self.expert < self.experts:
-            var first = Int(self.offsets[unsafe_offset=self.expert])
-            var count = Int(self.offsets[unsafe_offset=self.expert + 1]) - first
+            var first = max(
+                Int(self.offsets[unsafe_offset=self.expert]), self.begin
+            )
+            var last = min(
+                Int(self.offsets[unsafe_offset=self.expert + 1]), self.end
+            )
+            var count = max(last - first, 0)
             var parts = ceildiv(count, Self.MAX_N)
             var local = tile - self.passed
             if local < parts * self.row_tiles:

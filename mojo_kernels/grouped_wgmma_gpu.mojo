@@ -4,52 +4,88 @@ Weights are the left operand of WGMMA and tokens the right one, so that an exper
 blocks of a cluster take neighbouring weight rows of one expert and share its tokens, which each brings in part to all.
 """
 
-from layout import Coord
-from layout.tma_async import TMATensorTile
-from max.gpu import barrier, block_idx, grid_dim, lane_id, thread_idx
+from layout import Coord, TileTensor, row_major
+from layout.tma_async import TMATensorTile, create_tma_tile
+from max.gpu import (
+    MAX_THREADS_PER_BLOCK_METADATA,
+    barrier,
+    block_idx,
+    grid_dim,
+    lane_id,
+    thread_idx,
+)
+from max.gpu.host import DeviceBuffer, DeviceContext, Dim, FuncAttribute
+from max.gpu.host.nvidia.tma import TensorMapL2Promotion, create_tma_descriptor
+from max.gpu.memory import CacheEviction
 from max.gpu.primitives.cluster import cluster_sync
 from max.gpu.primitives.grid_controls import (
+    PDLLevel,
     launch_dependent_grids,
+    pdl_launch_attributes,
     wait_on_dependent_grids,
 )
 from std.math import ceildiv
+from std.utils.index import IndexList
 from std.utils.static_tuple import StaticTuple
 
-from .dense_ring_gpu import BF16, DenseRing, LOADER, Sums
+from .dense_output_gpu import PairedOutput
+from .dense_ring_gpu import BF16, DenseRing, LOADER, SWIZZLE, THREADS
+from .dense_store_gpu import ResultRows, staging_bytes, staging_of, store_tile
 from .grouped_tiles_gpu import TILE_K, TILE_M, TileWalk
+from .operands import Elements, Ids, elements
 
-comptime LANES = 32
+comptime PROMOTION = TensorMapL2Promotion.L2_256B
+"""What the cache fetches of weight rows at once; a stage takes 128 bytes of every row."""
+
+comptime EVICTION = CacheEviction.EVICT_FIRST
+"""An expert's weights are read once, or a few times soon after one another."""
 
 
-trait Grouped(ImplicitlyCopyable):
-    """What distinguishes one grouped product from another."""
+trait GroupedRows(ResultRows):
+    """Where the results of a tile's tokens go, which are neighbouring places of the sorted assignments.
+    """
 
-    comptime BOX_ROWS: Int
-    """Weight rows that one TMA copy brings."""
-
-    comptime TENSORS: Int
-    """Number of weight tensors, whose copies alternate."""
-
-    comptime BOX_TOKENS: Int
-    """Tokens that one TMA copy brings: 1 where they do not lie behind one another."""
-
-    def source_row(self, slot: Int) -> Int:
-        """Row of an assignment's token in the matrix of the tokens."""
-        ...
-
-    def store[
-        N: Int
-    ](self, sums: Sums[N], warp: Int, row: Int, slot: Int, tokens: Int):
-        """Stores the sums of 16 weight rows a warp.
-
-        Args:
-            sums: Of columns 8 j + 2 (lane % 4) + i, rows lane / 4 (+ 8): element 4 j + i (+ 2).
-            warp: 0 to 7: its sums are those of the tile's rows 16 warp ...
-            row: First row of the tile in each of the expert's tensors.
-            slot: Assignment of column 0.
-            tokens: Columns to store.
+    @staticmethod
+    def of(rows: Ids, slot: Int, tokens: Int) -> Self:
+        """The tile of `tokens` places from `slot` on; `rows` are the assignments in order of expert.
         """
         ...
+
+
+@fieldwise_init
+struct SortedRows(GroupedRows, ImplicitlyCopyable):
+    """Results in order of expert."""
+
+    var slot: Int
+    var tokens: Int
+
+    @always_inline
+    @staticmethod
+    def of(rows: Ids, slot: Int, tokens: Int) -> Self:
+        return Self(slot, tokens)
+
+    @always_inline
+    def row(self, token: Int) -> Int:
+        return self.slot + token if token < self.tokens else -1
+
+
+@fieldwise_init
+struct AssignmentRows(GroupedRows, ImplicitlyCopyable):
+    """Results in order of assignment."""
+
+    var assignments: Ids
+    var tokens: Int
+
+    @always_inline
+    @staticmethod
+    def of(rows: Ids, slot: Int, tokens: Int) -> Self:
+        return Self(rows.unsafe_offset(slot), tokens)
+
+    @always_inline
+    def row(self, token: Int) -> Int:
+        if token >= self.tokens:
+            return -1
+        return Int(self.assignments[unsafe_offset=token])
 
 
 @always_inline
@@ -63,136 +99,217 @@ def widths[MAX_N: Int]() -> List[Int]:
         return [32, 64, 128, 160, 192, 208, 224, 240, 256]
 
 
-@always_inline
-def load_tiles[
-    G: Grouped,
+@__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
+@__llvm_arg_metadata(first, `nvvm.grid_constant`)
+@__llvm_arg_metadata(second, `nvvm.grid_constant`)
+@__llvm_arg_metadata(x, `nvvm.grid_constant`)
+def grouped_wgmma[
+    D: PairedOutput,
+    R: GroupedRows,
     MAX_N: Int,
     STAGES: Int,
     SHARERS: Int,
+    BOX: Int,
     w_shape: Coord,
     w_desc: Coord,
     x_shape: Coord,
     x_desc: Coord,
 ](
-    grouped: G,
-    mut walk: TileWalk[MAX_N],
-    mut ring: DenseRing[MAX_N, STAGES, SHARERS],
+    results: Pointer[Scalar[D.dtype], MutAnyOrigin],
+    rows: Pointer[Int32, MutAnyOrigin],
+    offsets: Pointer[Int32, MutAnyOrigin],
     first: TMATensorTile[BF16, w_shape, w_desc],
     second: TMATensorTile[BF16, w_shape, w_desc],
     x: TMATensorTile[BF16, x_shape, x_desc],
-    expert_rows: Int,
-    row_tile_begin: Int,
-    depth: Int,
+    experts: Int32,
+    expert_rows: Int32,
+    row_begin: Int32,
+    features: Int32,
+    depth: Int32,
+    slot_begin: Int32,
+    slot_end: Int32,
+    limit: Float32,
 ):
-    """The loading warp's part: this block's weights, and its share of the cluster's tokens.
-    """
-    comptime PASSES = ceildiv(MAX_N // G.BOX_TOKENS, SHARERS * LANES)
-    comptime TENSOR_ROWS = TILE_M // G.TENSORS
-    var rank = Int(block_idx.x) % SHARERS
-    var tile = Int(block_idx.x) // SHARERS
-    while walk.find(tile):
-        tile += Int(grid_dim.x) // SHARERS
-        var boxes = ceildiv(walk.tokens, G.BOX_TOKENS)
-        var sources = StaticTuple[Int32, PASSES](fill=-1)
-        comptime for i in range(PASSES):
-            var box = (i * LANES + Int(lane_id())) * SHARERS + rank
-            if box < boxes:
-                sources[i] = Int32(
-                    grouped.source_row(walk.slot + box * G.BOX_TOKENS)
-                )
-        var weight_row = (
-            walk.expert * expert_rows
-            + (row_tile_begin + walk.row_tile * SHARERS + rank) * TENSOR_ROWS
-        )
-        for k in range(0, depth, TILE_K):
-            ring.wait_empty()
-            ring.expect(boxes * G.BOX_TOKENS)
-            ring.load_weights[G.BOX_ROWS, G.TENSORS](
-                first, second, weight_row, k
-            )
-            comptime for i in range(PASSES):
-                if sources[i] >= 0:
-                    ring.load_box[G.BOX_TOKENS](
-                        x,
-                        (i * LANES + Int(lane_id())) * SHARERS + rank,
-                        Int(sources[i]),
-                        k,
-                    )
-            ring.step()
-    comptime if SHARERS > 1:
-        # The block must stay as long as another one may signal its barriers.
-        comptime for _ in range(STAGES):
-            ring.wait_empty()
-            ring.step()
-
-
-@always_inline
-def run_tiles[
-    G: Grouped,
-    MAX_N: Int,
-    STAGES: Int,
-    SHARERS: Int,
-    w_shape: Coord,
-    w_desc: Coord,
-    x_shape: Coord,
-    x_desc: Coord,
-](
-    grouped: G,
-    var walk: TileWalk[MAX_N],
-    first: TMATensorTile[BF16, w_shape, w_desc],
-    second: TMATensorTile[BF16, w_shape, w_desc],
-    x: TMATensorTile[BF16, x_shape, x_desc],
-    expert_rows: Int,
-    row_tile_begin: Int,
-    depth: Int,
-):
-    """All tiles of a grouped product; called by every thread of every block.
-
-    Args:
-        grouped: The product.
-        walk: The tiles, of `SHARERS * TILE_M` weight rows.
-        first: Weights `[E * expert_rows, depth]`, by boxes of `G.BOX_ROWS` rows.
-        second: As `first`: the other tensor if `G.TENSORS` is 2.
-        x: Tokens, `[.., depth]`, by boxes of `G.BOX_TOKENS`.
-        expert_rows: Weight rows of an expert in each tensor.
-        row_tile_begin: The first tile of `TILE_M` weight rows of every expert.
-        depth: Length of the dot products, a multiple of 8.
-    """
+    """All tiles of a grouped product; see `GroupedShape`."""
+    comptime ROWS = TILE_M // D.TENSORS
+    var output = D.of(elements(results), Int(features), limit)
     var ring = DenseRing[MAX_N, STAGES, SHARERS]()
+    var rank = Int(block_idx.x) % SHARERS
     comptime if SHARERS == 1:
         barrier()
     else:
         cluster_sync()
     wait_on_dependent_grids()
     launch_dependent_grids()
-    var warp = Int(thread_idx.x) // LANES
-    if warp == LOADER:
-        load_tiles(
-            grouped,
-            walk,
-            ring,
-            first,
-            second,
-            x,
-            expert_rows,
-            row_tile_begin,
-            depth,
-        )
-        return
-    comptime TENSOR_ROWS = TILE_M // G.TENSORS
-    var rank = Int(block_idx.x) % SHARERS
+    var walk = TileWalk[MAX_N](
+        elements(offsets),
+        Int(experts),
+        ceildiv(Int(features), SHARERS * ROWS),
+        Int(slot_begin),
+        Int(slot_end),
+    )
+    var warp = Int(thread_idx.x) // 32
     var tile = Int(block_idx.x) // SHARERS
+    var clusters = Int(grid_dim.x) // SHARERS
+    if warp == LOADER:
+        while walk.find(tile):
+            tile += clusters
+            var boxes = ceildiv(walk.tokens, BOX)
+            var row = (walk.row_tile * SHARERS + rank) * ROWS
+            row += walk.expert * Int(expert_rows) + Int(row_begin)
+            var box = Int(lane_id()) * SHARERS + rank
+            for k in range(0, Int(depth), TILE_K):
+                ring.wait_empty()
+                ring.expect(boxes * BOX)
+                ring.load_weights[D.BOX_ROWS, D.TENSORS, EVICTION](
+                    first, second, row, k
+                )
+                if box < boxes:
+                    ring.load_box[BOX](
+                        x, box, walk.slot - Int(slot_begin) + box * BOX, k
+                    )
+                ring.step()
+        comptime if SHARERS > 1:
+            # The block must stay as long as another one may signal its barriers.
+            comptime for _ in range(STAGES):
+                ring.wait_empty()
+                ring.step()
+        return
+    var group = warp // 4
+    var staging = staging_of[D](ring.base, ring.BYTES, group)
     while walk.find(tile):
-        tile += Int(grid_dim.x) // SHARERS
+        tile += clusters
+        var row = (walk.row_tile * SHARERS + rank) * ROWS
         comptime for v in range(len(widths[MAX_N]())):
             comptime N = widths[MAX_N]()[v]
             comptime LESS = widths[MAX_N]()[v - 1] if v > 0 else 0
             if walk.tokens > LESS and walk.tokens <= N:
-                grouped.store[N](
-                    ring.multiply[N](warp // 4, ceildiv(depth, TILE_K)),
-                    warp,
-                    (row_tile_begin + walk.row_tile * SHARERS + rank)
-                    * TENSOR_ROWS,
-                    walk.slot,
-                    walk.tokens,
+                store_tile(
+                    output,
+                    R.of(elements(rows), walk.slot, walk.tokens),
+                    ring.multiply[N](group, ceildiv(Int(depth), TILE_K)),
+                    staging,
+                    group,
+                    row + group * (ROWS // 2),
                 )
+
+
+@fieldwise_init
+struct GroupedShape(ImplicitlyCopyable):
+    """Sizes of a grouped product: `results[.., features]` from `features` rows of every expert's weights."""
+
+    var experts: Int
+    var expert_rows: Int
+    """Rows of an expert in each weight tensor."""
+    var row_begin: Int
+    """The first of them to multiply."""
+    var features: Int
+    """How many of them to multiply."""
+    var depth: Int
+    """Length of the dot products, a multiple of 8."""
+    var slot_begin: Int
+    """The first of the sorted assignments to take; the matrix of tokens begins with it."""
+    var slot_end: Int
+    """The end of those to take."""
+
+
+def launch_grouped_wgmma[
+    D: PairedOutput,
+    R: GroupedRows,
+    MAX_N: Int,
+    STAGES: Int,
+    SHARERS: Int,
+    BOX: Int,
+](
+    output: D,
+    rows: Ids,
+    offsets: Ids,
+    first: Elements[BF16],
+    second: Elements[BF16],
+    x: Elements[BF16],
+    shape: GroupedShape,
+    limit: Float32,
+    ctx: DeviceContext,
+) raises:
+    """Enqueues `grouped_wgmma` on all multiprocessors.
+
+    Parameters:
+        D: What becomes of the sums.
+        R: Where the results go.
+        MAX_N: Most tokens of a tile.
+        STAGES: Stages of the ring.
+        SHARERS: Blocks of a cluster.
+        BOX: Tokens that one copy brings.
+
+    Args:
+        output: The results.
+        rows: Assignments in order of expert.
+        offsets: First assignment of every expert, and the end.
+        first: Weights `[E * expert_rows, depth]`.
+        second: As `first`; the other tensor if `D` takes two.
+        x: Tokens `[slot_end - slot_begin, depth]` in order of expert.
+        shape: The sizes.
+        limit: Bounds an activation.
+        ctx: The device.
+    """
+    comptime Ring = DenseRing[MAX_N, STAGES, SHARERS]
+    comptime BYTES = Ring.BYTES + staging_bytes[D]()
+    var weight_rows = shape.experts * shape.expert_rows
+    var first_tma = create_tma_tile[D.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
+        ctx, TileTensor(first, row_major(Coord(weight_rows, shape.depth)))
+    )
+    var second_tma = first_tma
+
+    def promoted(weights: Elements[BF16], out map: type_of(first_tma)) raises {imm}:
+        map = first_tma
+        map.descriptor = create_tma_descriptor[BF16, 2, SWIZZLE, PROMOTION](
+            DeviceBuffer[BF16](ctx, weights, 1, owning=False),
+            IndexList[2](weight_rows, shape.depth),
+            IndexList[2](shape.depth, 1),
+            IndexList[2](D.BOX_ROWS, TILE_K),
+        )
+
+    var x_tma = create_tma_tile[BOX, TILE_K, swizzle_mode=SWIZZLE](
+        ctx,
+        TileTensor(
+            x, row_major(Coord(shape.slot_end - shape.slot_begin, shape.depth))
+        ),
+    )
+    comptime W = type_of(first_tma)
+    comptime X = type_of(x_tma)
+    comptime kernel = grouped_wgmma[
+        D,
+        R,
+        MAX_N,
+        STAGES,
+        SHARERS,
+        BOX,
+        W.tile_shape,
+        W.desc_shape,
+        X.tile_shape,
+        X.desc_shape,
+    ]
+    ctx.enqueue_function[kernel](
+        output.results(),
+        rows,
+        offsets,
+        promoted(first),
+        promoted(second),
+        x_tma,
+        Int32(shape.experts),
+        Int32(shape.expert_rows),
+        Int32(shape.row_begin),
+        Int32(shape.features),
+        Int32(shape.depth),
+        Int32(shape.slot_begin),
+        Int32(shape.slot_end),
+        limit,
+        grid_dim=ctx.default_device_info.sm_count // SHARERS * SHARERS,
+        block_dim=THREADS,
+        cluster_dim=Dim(SHARERS),
+        shared_mem_bytes=BYTES,
+        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+            UInt32(BYTES)
+        ),
+        attributes=pdl_launch_attributes(PDLLevel.ON),
+    )
