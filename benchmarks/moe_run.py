@@ -15,6 +15,7 @@ from max.driver import Accelerator, Buffer
 from max.engine import InferenceSession, Model
 from max.engine.api import read
 from moe_graphs import EXPERTS, HIDDEN, REPEATS, SCALE, TOP_K, WIDTH
+from moe_layer import LayerRow, measure_layer
 from report import format_table, write_json
 
 DEVICE = "cuda"
@@ -30,6 +31,9 @@ VLLM_MS = dict(
 )
 """vLLM 0.23's fused MoE kernel at these sizes on one H100 with random routing, as a CUDA graph: measured before,
 not by this program."""
+
+LAYER_TOKENS = 512
+"""Most tokens for which the whole layer is measured: its graph has as many launches as that of the fewest tokens."""
 
 LARGEST_ERROR = 1e-2
 """Of `|y - reference| / |reference|`: the activations are bfloat16, and so may be the products that are summed."""
@@ -72,6 +76,7 @@ class Report:
     read_tb_s: float
     date: str
     experts: list[Row]
+    layer: list[LayerRow]
     small: list[SmallRow]
 
 
@@ -137,6 +142,10 @@ class Experts:
 
     def buffers(self) -> list[Buffer]:
         return [Buffer.from_dlpack(tensor) for tensor in (self.gate, self.up, self.down)]
+
+    def routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The result for given experts and weights of every token."""
+        return self.reference(x, dataclasses.replace(Routing.of(ids), weights=weights))
 
     def reference(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         y = torch.zeros(x.shape, device=DEVICE)
@@ -310,6 +319,33 @@ def show(report: Report) -> None:
     print("* random routing, one H100, CUDA graph: measured beforehand, not in this run")
     print(
         format_table(
+            [
+                "whole layer, tokens",
+                "experts hit",
+                "floor, ms",
+                "ours, ms",
+                "x floor",
+                "error",
+                "same bits",
+                "NaN kept",
+            ],
+            [
+                [
+                    str(row.tokens),
+                    f"{row.experts_hit:.0f}",
+                    f"{row.floor_ms:.3f}",
+                    f"{row.ms:.3f}",
+                    f"{row.times_floor:.3f}",
+                    f"{row.error:.1e}",
+                    "yes" if row.same_bits else "NO",
+                    "yes" if row.nan_contained else "NO",
+                ]
+                for row in report.layer
+            ],
+        )
+    )
+    print(
+        format_table(
             ["op", "tokens", "us", "correct"],
             [[row.op, str(row.tokens), f"{row.us:.1f}", "yes" if row.correct else "NO"] for row in report.small],
         )
@@ -326,7 +362,13 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
     machine = Machine()
     copy_rate, read_rate = machine.memory_rates()
     report = Report(
-        torch.cuda.get_device_name(), copy_rate, read_rate, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [], []
+        torch.cuda.get_device_name(),
+        copy_rate,
+        read_rate,
+        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        [],
+        [],
+        [],
     )
     experts = Experts()
     names = variants if variants is not None else sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -344,6 +386,24 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
                     )
                     gc.collect()
             del model
+        launches = next(iter(REPEATS.values()))
+        file = folder / variant / f"layer-{launches}.mef"
+        if file.exists():
+            model = machine.load(file)
+            report.layer += [
+                measure_layer(
+                    machine.execute,
+                    machine.seconds,
+                    experts.routed,
+                    experts.buffers(),
+                    model,
+                    launches,
+                    size,
+                    copy_rate,
+                )
+                for size in tokens
+                if size <= LAYER_TOKENS
+            ]
         small: tuple[tuple[str, Callable[..., SmallRow]], ...] = (("route", measure_route), ("group", measure_group))
         for op, measure in small:
             launches = next(iter(REPEATS.values()))
@@ -354,6 +414,7 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
     show(report)
     write_json(json, report)
     wrong: list[Any] = [row for row in report.small if not row.correct]
-    wrong += [row for row in report.experts if not (row.error < LARGEST_ERROR and row.same_bits and row.nan_contained)]
+    checked: list[Row | LayerRow] = [*report.experts, *report.layer]
+    wrong += [row for row in checked if not (row.error < LARGEST_ERROR and row.same_bits and row.nan_contained)]
     if wrong:
         raise SystemExit(f"{len(wrong)} wrong results, the first: {wrong[0]}")
