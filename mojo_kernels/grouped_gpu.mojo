@@ -170,9 +170,7 @@ def _multiply[
 ) raises:
     """Enqueues the kernel for so many tokens."""
 
-    def launch[
-        width: Int, stages: Int, sharers: Int, box: Int
-    ]() raises {imm}:
+    def launch[width: Int, stages: Int, sharers: Int, box: Int]() raises {imm}:
         launch_grouped_wgmma[D, R, width, stages, sharers, box](
             output, rows, offsets, first, second, x, shape, limit, ctx
         )

@@ -46,9 +46,9 @@ def sort_kernel(
         sources[i] = Int(rows[unsafe_offset=slot] // top_k)
     var values = Array[SIMD[DType.bfloat16, WIDTH], ROWS](fill=0)
     comptime for i in range(ROWS):
-        values[i] = x.unsafe_offset(
-            sources[i] * Int(columns) + c
-        ).unsafe_load[width=WIDTH, alignment=16]()
+        values[i] = x.unsafe_offset(sources[i] * Int(columns) + c).unsafe_load[
+            width=WIDTH, alignment=16
+        ]()
     comptime for i in range(ROWS):
         if first + i < Int(end):
             sorted.unsafe_offset(

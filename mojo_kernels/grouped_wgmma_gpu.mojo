@@ -196,7 +196,8 @@ def grouped_wgmma[
 
 @fieldwise_init
 struct GroupedShape(ImplicitlyCopyable):
-    """Sizes of a grouped product: `results[.., features]` from `features` rows of every expert's weights."""
+    """Sizes of a grouped product: `results[.., features]` from `features` rows of every expert's weights.
+    """
 
     var experts: Int
     var expert_rows: Int
@@ -260,7 +261,9 @@ def launch_grouped_wgmma[
     )
     var second_tma = first_tma
 
-    def promoted(weights: Elements[BF16], out map: type_of(first_tma)) raises {imm}:
+    def promoted(
+        weights: Elements[BF16], out map: type_of(first_tma)
+    ) raises {imm}:
         map = first_tma
         map.descriptor = create_tma_descriptor[BF16, 2, SWIZZLE, PROMOTION](
             DeviceBuffer[BF16](ctx, weights, 1, owning=False),

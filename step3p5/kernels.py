@@ -228,13 +228,17 @@ def linear(x: TensorValue, w: TensorValue, *, dtype: DType | None = None) -> Ten
 
 
 def linear4(
-    x: TensorValue, w0: TensorValue, w1: TensorValue, w2: TensorValue, w3: TensorValue
+    x: TensorValue, w0: TensorValue, w1: TensorValue, w2: TensorValue, w3: TensorValue, *, following: TensorValue
 ) -> tuple[TensorValue, TensorValue, TensorValue, TensorValue]:
-    """`linear` with four matrices `[N_i, K]` and the type of `x`, in one launch where launches count."""
+    """`linear` with four matrices `[N_i, K]` and the type of `x`, in one launch where launches count.
+
+    `following` are the weights `[N, K']` of the linear layer after what is computed from these products: a GPU begins to
+    fetch them.
+    """
     y0, y1, y2, y3 = custom_op(
         "step3p5_linear4",
         x.device,
-        [x, w0, w1, w2, w3],
+        [x, w0, w1, w2, w3, following],
         [TensorType(x.dtype, (x.shape[0], w.shape[0]), x.device) for w in (w0, w1, w2, w3)],
     )
     return y0, y1, y2, y3
