@@ -232,8 +232,8 @@ def linear4(
 ) -> tuple[TensorValue, TensorValue, TensorValue, TensorValue]:
     """`linear` with four matrices `[N_i, K]` and the type of `x`, in one launch where launches count.
 
-    `following` are the weights `[N, K']` of the linear layer after what is computed from these products: a GPU begins to
-    fetch them.
+    `following` are the weights `[N, K']` of the linear layer behind what is computed from these products: a GPU begins
+    to fetch them.
     """
     y0, y1, y2, y3 = custom_op(
         "step3p5_linear4",
