@@ -11,6 +11,7 @@ from .linear4 import Step3p5Linear4
 from .mlp_block import Step3p5MlpBlock
 from .moe_block import Step3p5MoeBlock
 from .moe_shared import Step3p5MoeDownShared, Step3p5MoeGateUpShared
+from .norm_rows import Step3p5AddNorm, Step3p5Norm
 from .qkv import Step3p5Qkv
 from .rope import RopeTable
 from .route import Step3p5MoeRoute

@@ -254,6 +254,35 @@ def swiglu(x: TensorValue, gate: TensorValue, up: TensorValue, limit: TensorValu
     )[0]
 
 
+def norm(x: TensorValue, weight: TensorValue, *, eps: float, offset: float) -> TensorValue:
+    """`x * rsqrt(mean(x²) + eps) * (offset + weight)` of each row, in float32; on a GPU only.
+
+    Args:
+        x: Rows `[T, H]`.
+        weight: `[H]`.
+        eps: Added to the mean square.
+        offset: 1 where weights are zero-centred, else 0.
+
+    Returns:
+        `[T, H]` of the type of `x`.
+    """
+    operands = [x, weight, _scalar(eps), _scalar(offset)]
+    return custom_op("step3p5_norm", x.device, operands, [TensorType(x.dtype, x.shape, x.device)])[0]
+
+
+def add_norm(
+    x: TensorValue, delta: TensorValue, weight: TensorValue, *, eps: float, offset: float
+) -> tuple[TensorValue, TensorValue]:
+    """`x + delta`, rounded to the type of `x`, and the `norm` of that; `delta [T, H]`; on a GPU only."""
+    total, normed = custom_op(
+        "step3p5_add_norm",
+        x.device,
+        [x, delta, weight, _scalar(eps), _scalar(offset)],
+        2 * [TensorType(x.dtype, x.shape, x.device)],
+    )
+    return total, normed
+
+
 def qkv(
     q: TensorValue,
     k: TensorValue,
