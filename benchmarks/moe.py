@@ -69,7 +69,7 @@ def kernels_with(constants: tuple[str, ...]) -> Iterator[None]:
         copy = Path(folder) / "mojo_kernels"
         shutil.copytree(kernels_path(), copy)
         for constant in constants:
-            file, name, value = re.split(r"[.=]", constant)
+            file, name, value = re.split(r"[.=]", constant, maxsplit=2)
             text = (copy / f"{file}.mojo").read_text()
             text, count = re.subn(rf"(?m)^comptime {name} = .*$", f"comptime {name} = {value}", text)
             if count != 1:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bandwidth import usable_cores
 from max.driver import Accelerator, Buffer
 from max.engine import InferenceSession, Model
 from max.engine.api import read
 from moe_graphs import EXPERTS, HIDDEN, REPEATS, SCALE, TOP_K, WIDTH
 from moe_layer import LayerRow, measure_layer
-from report import format_table, write_json
+from report import Environment, format_table, write_json
 
 DEVICE = "cuda"
 ROUNDS = 6
@@ -74,7 +75,7 @@ class Report:
     gpu: str
     copy_tb_s: float
     read_tb_s: float
-    date: str
+    environment: Environment
     experts: list[Row]
     layer: list[LayerRow]
     small: list[SmallRow]
@@ -361,15 +362,8 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
     torch.backends.cuda.matmul.allow_tf32 = False
     machine = Machine()
     copy_rate, read_rate = machine.memory_rates()
-    report = Report(
-        torch.cuda.get_device_name(),
-        copy_rate,
-        read_rate,
-        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        [],
-        [],
-        [],
-    )
+    environment = Environment.of_this_process(usable_cores())
+    report = Report(torch.cuda.get_device_name(), copy_rate, read_rate, environment, [], [], [])
     experts = Experts()
     names = variants if variants is not None else sorted(path.name for path in folder.iterdir() if path.is_dir())
     for variant in names:

@@ -6,6 +6,7 @@ from .attention_block import Step3p5AttentionBlock
 from .down import Step3p5MoeDown
 from .gate_up import Step3p5MoeGateUp
 from .group import Step3p5MoeGroup
+from .head_gate import Step3p5HeadGate
 from .linear import Step3p5Linear
 from .linear4 import Step3p5Linear4
 from .mlp_block import Step3p5MlpBlock

@@ -16,6 +16,12 @@ from max.gpu import (
 from max.gpu.host import DeviceContext, FuncAttribute
 from max.gpu.memory import external_memory
 from max.gpu.primitives import warp
+from max.gpu.primitives.grid_controls import (
+    PDLLevel,
+    launch_dependent_grids,
+    pdl_launch_attributes,
+    wait_on_dependent_grids,
+)
 from std.atomic import Atomic, Ordering
 from std.bit import pop_count
 from std.math import ceildiv
@@ -114,6 +120,8 @@ def group_kernel(
     var warps = threads // WARP_SIZE
     for i in range(thread, (3 + warps) * row, threads):
         all[unsafe_offset=i] = 0
+    wait_on_dependent_grids()
+    launch_dependent_grids()
     barrier()
     var begin = Int(block_idx.x) * threads
     for base in range(0, Int(total), threads * UNROLL):
@@ -175,4 +183,5 @@ def group_gpu(
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(bytes)
         ),
+        attributes=pdl_launch_attributes(PDLLevel.ON),
     )

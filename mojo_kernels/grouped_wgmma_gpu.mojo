@@ -259,7 +259,6 @@ def launch_grouped_wgmma[
     var first_tma = create_tma_tile[D.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
         ctx, TileTensor(first, row_major(Coord(weight_rows, shape.depth)))
     )
-    var second_tma = first_tma
 
     def promoted(
         weights: Elements[BF16], out map: type_of(first_tma)

@@ -24,12 +24,13 @@ struct PagedCache[dtype: DType](TrivialRegisterPassable):
     @always_inline
     def keys(self, request: Int, position: Int) -> Elements[Self.dtype]:
         """The keys of all heads at a request's position."""
+        # A GPU divides 32 bits in a quarter of the time of 64.
+        var index, row = divmod(UInt32(position), UInt32(self.page_size))
         var page = self.lookup_table[
-            unsafe_offset=request * self.max_pages + position // self.page_size
+            unsafe_offset=request * self.max_pages + Int(index)
         ]
         return self.blocks.unsafe_offset(
-            Int(page) * self.page_stride
-            + position % self.page_size * self.row_size
+            Int(page) * self.page_stride + Int(row) * self.row_size
         )
 
 

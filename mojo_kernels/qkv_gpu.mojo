@@ -1,6 +1,13 @@
-"""Norms, rotations and cache stores of queries, keys and values on a GPU: a warp a head."""
+"""Norms, rotations and cache stores of queries, keys and values on a GPU: a warp a head, or a part of one."""
 
-from max.gpu import WARP_SIZE, block_idx, lane_id, warp_id
+from max.gpu import (
+    WARP_SIZE,
+    block_idx,
+    grid_dim,
+    lane_id,
+    thread_idx,
+    warp_id,
+)
 from max.gpu.host import DeviceContext
 from max.gpu.primitives import warp
 from max.gpu.primitives.grid_controls import (
@@ -10,11 +17,24 @@ from max.gpu.primitives.grid_controls import (
     wait_on_dependent_grids,
 )
 from std.math import ceildiv, rsqrt
+from std.sys import size_of
 
 from .heads import HeadForm, Heads
 from .operands import Elements
 
 comptime WARPS = 4
+
+comptime WARP_BITS = 6
+"""The most halvings of a warp."""
+
+comptime HEAD_DIM = 128
+"""Size of the heads that have a kernel of their own."""
+
+comptime HEADS_AT_ONCE = 4
+"""Heads that a part of a warp reads before it writes the first, where there are many tokens."""
+
+comptime BLOCKS_A_MULTIPROCESSOR = 16
+"""From so many tokens a multiprocessor on, a block takes all heads of its token."""
 
 comptime WIDTH = 4
 """Elements that a lane reads at once: a head of 128 is one read of a warp."""
@@ -62,19 +82,27 @@ def head_gpu[
             values = values * read[width](angles, i - half) + normed(
                 i - half
             ) * read[width](angles, i)
-        y.unsafe_offset(i).unsafe_store(values.cast[dtype]())
+        y.unsafe_offset(i).unsafe_store[alignment=aligned[dtype, width]()](
+            values.cast[dtype]()
+        )
 
 
 @always_inline
 def read[
     dtype: DType, //, width: Int
 ](source: Elements[dtype], at: Int) -> SIMD[DType.float32, width]:
-    """Elements in float32."""
+    """Elements in float32; `at` is a multiple of `width`."""
     return (
         source.unsafe_offset(at)
-        .unsafe_load[width=width]()
+        .unsafe_load[width=width, alignment=aligned[dtype, width]()]()
         .cast[DType.float32]()
     )
+
+
+def aligned[dtype: DType, width: Int]() -> Int:
+    """Bytes by which so many elements are aligned in a matrix whose rows are multiples of them.
+    """
+    return min(width * size_of[dtype](), 16)
 
 
 def qkv_kernel[
@@ -103,9 +131,89 @@ def qkv_kernel[
         for i in range(
             Int(lane_id()) * width, heads.head_dim, WARP_SIZE * width
         ):
-            y.unsafe_offset(i).unsafe_store(
-                x.unsafe_offset(i).unsafe_load[width=width]()
+            y.unsafe_offset(i).unsafe_store[alignment=aligned[dtype, width]()](
+                x.unsafe_offset(i).unsafe_load[
+                    width=width, alignment=aligned[dtype, width]()
+                ]()
             )
+
+
+def whole_heads_kernel[
+    dtype: DType, weight_dtype: DType, normalize: Bool, at_once: Int
+](heads: Heads[dtype], form: HeadForm[weight_dtype]):
+    """Heads of `HEAD_DIM` elements, 16 bytes a lane: `block_idx.x` is the token, `block_idx.y` the share of its heads.
+
+    What lies in the partners of a lane's columns is read a second time, from the cache.
+    """
+    comptime WIDTH = 16 // size_of[dtype]()
+    comptime LANES = HEAD_DIM // WIDTH
+    comptime GROUPS = WARPS * WARP_SIZE // LANES
+    comptime Values = SIMD[DType.float32, WIDTH]
+    var column = Int(thread_idx.x) % LANES * WIDTH
+    var step = Int(grid_dim.y) * GROUPS
+    var first = Int(block_idx.y) * GROUPS + Int(thread_idx.x) // LANES
+    var half = form.half
+    var partner = column
+    var sign = Float32(0)
+    if column < half:
+        partner = column + half
+        sign = -1
+    elif column < 2 * half:
+        partner = column - half
+        sign = 1
+    wait_on_dependent_grids()
+    launch_dependent_grids()
+    var token = Int(block_idx.x)
+    var request = heads.request(token)
+    var cosines = Values(1)
+    var sines = Values(0)
+    if sign != 0:
+        var angles = form.angles.unsafe_offset(token * 2 * half)
+        cosines = read[WIDTH](angles, min(column, partner))
+        sines = sign * read[WIDTH](angles, half + min(column, partner))
+    var count = heads.count()
+    for begin in range(first, count, step * at_once):
+        var own = Array[SIMD[dtype, WIDTH], at_once](fill=0)
+        var other = Array[SIMD[dtype, WIDTH], at_once](fill=0)
+        comptime for i in range(at_once):
+            # All lanes take part in the sums below; what is read twice is stored once.
+            var x = heads.source(token, min(begin + i * step, count - 1))
+            own[i] = x.unsafe_offset(column).unsafe_load[
+                width=WIDTH, alignment=16
+            ]()
+            other[i] = x.unsafe_offset(partner).unsafe_load[
+                width=WIDTH, alignment=16
+            ]()
+        comptime for i in range(at_once):
+            var head = begin + i * step
+            var values = own[i].cast[DType.float32]()
+            var scale = Float32(1)
+            comptime if normalize:
+                var squares = (values * values).reduce_add()
+                comptime for d in range(WARP_BITS):
+                    comptime if 1 << d < LANES:
+                        squares += warp.shuffle_xor(squares, UInt32(1 << d))
+                scale = rsqrt(squares / HEAD_DIM + form.eps)
+            var result = own[i]
+            if head < heads.query_heads + heads.key_heads:
+                var partners = other[i].cast[DType.float32]()
+                comptime if normalize:
+                    var weight = form.k_weight
+                    if head < heads.query_heads:
+                        weight = form.q_weight
+                    values *= scale * (
+                        form.offset + read[WIDTH](weight, column)
+                    )
+                    partners *= scale * (
+                        form.offset + read[WIDTH](weight, partner)
+                    )
+                if sign != 0:
+                    values = values * cosines + partners * sines
+                result = values.cast[dtype]()
+            if head < count:
+                heads.target(token, head, request).unsafe_offset(
+                    column
+                ).unsafe_store[alignment=16](result)
 
 
 def qkv_gpu[
@@ -116,7 +224,31 @@ def qkv_gpu[
     tokens: Int,
     ctx: DeviceContext,
 ) raises:
-    """Enqueues `qkv_kernel`."""
+    """Enqueues the kernel for heads of this size, and for so many tokens."""
+    comptime LANE = 16 // size_of[dtype]()
+    if heads.head_dim == HEAD_DIM and form.half % LANE == 0:
+
+        def enqueue_whole[at_once: Int](shares: Int) raises {imm}:
+            comptime kernel = whole_heads_kernel[
+                dtype, weight_dtype, normalize, at_once
+            ]
+            ctx.enqueue_function[kernel](
+                heads,
+                form,
+                grid_dim=(tokens, shares),
+                block_dim=WARPS * WARP_SIZE,
+                attributes=pdl_launch_attributes(PDLLevel.ON),
+            )
+
+        comptime GROUPS = WARPS * WARP_SIZE * LANE // HEAD_DIM
+        if (
+            tokens
+            < BLOCKS_A_MULTIPROCESSOR * ctx.default_device_info.sm_count
+        ):
+            enqueue_whole[1](ceildiv(heads.count(), GROUPS))
+        else:
+            enqueue_whole[HEADS_AT_ONCE](1)
+        return
 
     def enqueue[width: Int]() raises {imm}:
         comptime kernel = qkv_kernel[dtype, weight_dtype, normalize, width]

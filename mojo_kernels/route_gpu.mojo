@@ -4,6 +4,12 @@ from max.gpu import WARP_SIZE, block_idx, lane_id, warp_id
 from max.gpu.host import DeviceContext
 from max.gpu.memory import external_memory
 from max.gpu.primitives import warp
+from max.gpu.primitives.grid_controls import (
+    PDLLevel,
+    launch_dependent_grids,
+    pdl_launch_attributes,
+    wait_on_dependent_grids,
+)
 from max.gpu.sync import syncwarp
 from std.math import ceildiv
 from std.sys import size_of
@@ -48,6 +54,8 @@ def route_kernel[
     A warp's shared memory holds the scores, the keys that order them, and the choice: a chosen expert's key becomes
     the lowest integer.
     """
+    wait_on_dependent_grids()
+    launch_dependent_grids()
     var token = Int(block_idx.x) * WARPS + Int(warp_id())
     if token >= Int(tokens):
         return
@@ -121,4 +129,5 @@ def route_gpu[
         shared_mem_bytes=WARPS
         * (2 * experts + top_k)
         * size_of[DType.float32](),
+        attributes=pdl_launch_attributes(PDLLevel.ON),
     )

@@ -336,5 +336,23 @@ def qkv(
     )[0]
 
 
+def head_gate(x: TensorValue, gate: TensorValue) -> TensorValue:
+    """`x * sigmoid(gate)` for every head, multiplied in float32.
+
+    Args:
+        x: Heads `[T, N, head_dim]`.
+        gate: Logits `[T, N]`, of the type of `x`.
+
+    Returns:
+        `[T, N * head_dim]`.
+    """
+    return custom_op(
+        "step3p5_head_gate",
+        x.device,
+        [x, gate],
+        [TensorType(x.dtype, (x.shape[0], x.shape[1] * x.shape[2]), x.device)],
+    )[0]
+
+
 def _scalar(value: float) -> TensorValue:
     return ops.constant(value, DType.float32, device=DeviceRef.CPU())

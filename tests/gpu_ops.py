@@ -89,9 +89,9 @@ def rope_inputs() -> list[TensorType]:
 
 
 def rope(x: TensorValue, row_offsets: TensorValue, cache_lengths: TensorValue) -> list[TensorValue]:
-    """The table of angles."""
+    """The table of angles, and gated heads."""
     table = rope_table(RopeConfig(theta=1e4, rotary_dim=ROTARY_DIM, scaling=None), x, row_offsets, cache_lengths)
-    return [table]
+    return [table, kernels.head_gate(x, x[:, :, 0])]
 
 
 def all_ops() -> Graph:

@@ -96,7 +96,7 @@ class Attention(Module):
             local_window_size=config.sliding_window or -1,
         )
         if gate is not None:
-            out = out * ops.unsqueeze(ops.sigmoid(gate), -1)
+            return self.o_proj(kernels.head_gate(out, gate))
         return self.o_proj(ops.reshape(out, (x.shape[0], config.num_attention_heads * config.head_dim)))
 
     def _norm(self, device: DeviceRef) -> kernels.HeadNorm | None:
