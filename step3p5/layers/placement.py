@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from max.graph import DeviceRef, ShardingStrategy
+from max.graph import DeviceRef, ShardingStrategy, Weight
 from max.nn.layer import Module
 
 from ..parallel_plan import Placement
@@ -24,16 +25,24 @@ def place_weights(
         placements: Where the weights lie, by their path within `whole`.
         devices: The parts' devices.
     """
-    for path, weight in whole.raw_state_dict().items():
+    for path, made in whole.raw_state_dict().items():
+        *modules, name = path.split(".")
+        owners = [_owner(part, modules) for part in parts]
+        # The host would hold some weights in float32 that a GPU holds as it runs.
+        weight = Weight(made.name, getattr(owners[0], name).dtype, made.shape, made.device)
+        setattr(_owner(whole, modules), name, weight)
         placement = placements[path]
         weight.sharding_strategy = (
             ShardingStrategy.replicate(len(devices))
             if placement.axis is None
             else ShardingStrategy.axiswise(placement.axis, len(devices))
         )
-        *modules, name = path.split(".")
-        for part, shard in zip(parts, weight.shard(devices), strict=True):
-            owner = part
-            for module in modules:
-                owner = getattr(owner, module)
+        for owner, shard in zip(owners, weight.shard(devices), strict=True):
             setattr(owner, name, shard)
+
+
+def _owner(module: Module, path: Sequence[str]) -> Any:
+    """The module at the end of a path of attributes."""
+    for name in path:
+        module = getattr(module, name)
+    return module
