@@ -45,4 +45,4 @@ test-long: $(VENV)/test-installed
 		tests/test_speculation_long.py
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .cache dist

@@ -2,6 +2,7 @@
 """
 
 from .assign import Step3p5MoeAssign
+from .attend_gpu import Step3p5Attend
 from .attention_block import Step3p5AttentionBlock
 from .down import Step3p5MoeDown
 from .gate_up import Step3p5MoeGateUp

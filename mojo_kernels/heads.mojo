@@ -34,6 +34,22 @@ struct PagedCache[dtype: DType](TrivialRegisterPassable):
         )
 
 
+@always_inline
+def request_of(
+    row_offsets: Elements[DType.uint32], requests: Int, token: Int
+) -> Int:
+    """The last request whose first row is not behind the token."""
+    var low = 0
+    var high = requests
+    while high - low > 1:
+        var middle = (low + high) // 2
+        if Int(row_offsets[unsafe_offset=middle]) <= token:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
 @fieldwise_init
 struct Heads[dtype: DType](DevicePassable, TrivialRegisterPassable):
     """The heads of every token: `query_heads` of queries, then `key_heads` of keys, then as many of values.
@@ -69,16 +85,8 @@ struct Heads[dtype: DType](DevicePassable, TrivialRegisterPassable):
 
     @always_inline
     def request(self, token: Int) -> Int:
-        """The last request whose first row is not behind the token."""
-        var low = 0
-        var high = self.requests
-        while high - low > 1:
-            var middle = (low + high) // 2
-            if Int(self.row_offsets[unsafe_offset=middle]) <= token:
-                low = middle
-            else:
-                high = middle
-        return low
+        """The request that a token belongs to."""
+        return request_of(self.row_offsets, self.requests, token)
 
     @always_inline
     def source(self, token: Int, head: Int) -> Elements[Self.dtype]:

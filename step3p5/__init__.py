@@ -1,8 +1,7 @@
 """Step-3.5-Flash for MAX: the public classes, loaded on first use so that small tools start without the engine."""
 
-from __future__ import annotations
-
-TYPE_CHECKING = False  # typing's own would import typing: every Python of an enabled environment reads this file
+# Every Python that starts where this package is installed reads this file: it imports nothing, not even `__future__`.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
@@ -20,7 +19,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

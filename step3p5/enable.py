@@ -1,7 +1,7 @@
-"""Turns the model name `step3p5` on and off for an environment: `python -m step3p5.enable [--undo | --status]`.
+"""Turns the import hook off for an environment and on again: `python -m step3p5.enable [--undo | --status]`.
 
-MAX 26.7 has no place where a package could announce itself, so a `.pth` file in the environment's site-packages lets
-Python install an import hook as it starts. It acts in programs that import MAX, nowhere else. See `step3p5.hook`.
+MAX 26.7 has no place where a package could announce itself, so the package comes with a `.pth` file that lets Python
+install an import hook as it starts. The hook acts in programs that import MAX, nowhere else. See `step3p5.hook`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from step3p5.hook.short_name import PUBLISHED, SHORT_NAME, VARIABLE
 
 FILE_NAME = "step3p5.pth"
 
-START_UP_LINE = "try: import step3p5.start_up; step3p5.start_up.install()\nexcept ImportError: pass"
-"""What Python runs; without a word where the package is gone but the file was left."""
+START_UP_FILE = (
+    'import sys; exec("try: import step3p5.start_up; step3p5.start_up.install()\\nexcept Exception: pass")\n'
+)
+"""As installed: no program is to fail, or to hear of it, where the package is gone or damaged and the file was left."""
 
 
 def enable(site_packages: Path) -> Path:
     """Writes the start-up file into `site_packages`, whole or not at all, and returns its path."""
     path = site_packages / FILE_NAME
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(f"import sys; exec({START_UP_LINE!r})\n")
+    unfinished.write_text(START_UP_FILE)
     unfinished.replace(path)
     return path
 
@@ -41,10 +43,11 @@ def disable(site_packages: Path) -> bool:
 def main(arguments: Sequence[str] | None = None, site_packages: Path | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m step3p5.enable", description=f"Make `max serve --model {SHORT_NAME}` work in this environment."
+        prog="python -m step3p5.enable",
+        description=f"Turn the import hook on, as it is once installed: `max serve --model {SHORT_NAME}` works.",
     )
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--undo", action="store_true", help="remove what this command wrote")
+    action.add_argument("--undo", action="store_true", help="turn it off: MAX stays as it is")
     action.add_argument("--status", action="store_true", help="say whether it is on, and what the name stands for")
     options = parser.parse_args(arguments)
     folder = site_packages or Path(sysconfig.get_path("purelib"))

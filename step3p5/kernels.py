@@ -354,5 +354,44 @@ def head_gate(x: TensorValue, gate: TensorValue) -> TensorValue:
     )[0]
 
 
+def attend(
+    q: TensorValue,
+    input_row_offsets: TensorValue,
+    cache: PagedCacheValues,
+    cache_layer: TensorValue,
+    window: int,
+    scale: float,
+) -> TensorValue:
+    """Softmax attention over the paged cache, by a plain kernel for the GPUs that MAX has none for.
+
+    Args:
+        q: Queries `[T, query heads, head_dim]`, of at most 256 elements.
+        input_row_offsets: `[batch + 1]` uint32.
+        cache: As of `qkv`; it holds the keys and values of these tokens.
+        cache_layer: The layer within the cache, a uint32 scalar on the host.
+        window: Keys that a query sees at most, its own the last; 0 for all.
+        scale: Of the scores.
+
+    Returns:
+        As `q`.
+    """
+    return custom_op(
+        "step3p5_attend",
+        q.device,
+        [
+            q,
+            input_row_offsets,
+            cache.kv_blocks,
+            cache.page_stride,
+            cache.cache_lengths,
+            cache.lookup_table,
+            cache_layer,
+            ops.constant(window, DType.int32, device=DeviceRef.CPU()),
+            _scalar(scale),
+        ],
+        [q.type],
+    )[0]
+
+
 def _scalar(value: float) -> TensorValue:
     return ops.constant(value, DType.float32, device=DeviceRef.CPU())

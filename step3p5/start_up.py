@@ -1,9 +1,7 @@
 """The import hook: changes a few of MAX's modules as they are imported, and costs other programs next to nothing.
 
-Python imports this file whenever it starts in an enabled environment: it imports nothing itself.
+Python imports this file whenever it starts where the package is installed (`step3p5.pth`): it imports nothing itself.
 """
-
-from __future__ import annotations
 
 import sys
 
@@ -18,6 +16,7 @@ CHANGED_MODULES = frozenset(
         "max.pipelines.lib.pipeline_args",
         "max.pipelines.lib._hf_config",
         "max.pipelines.lib.auto_model",
+        "max.pipelines.lib.config.config",
     }
 )
 """Each has a function in `step3p5.hook.patches.PATCHES`."""
@@ -27,8 +26,8 @@ class PatchingFinder:
     """Finds the modules of `CHANGED_MODULES` where Python would, and has each changed once it has been executed."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if name not in CHANGED_MODULES:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -37,7 +36,7 @@ class PatchingFinder:
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_patch(module: ModuleType) -> None:
+        def execute_and_patch(module: "ModuleType") -> None:
             execute(module)
             from step3p5.hook.patches import patch
 

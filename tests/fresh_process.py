@@ -1,4 +1,5 @@
-"""Loads models as new processes would: each in a fork of one that has imported MAX and never this package.
+"""Loads models as new processes do: with `max generate`, or each in a fork of one that has imported MAX, and of this
+package no more than the import hook.
 
 In a process in which this package was imported before, its own class would read `config.json` from the start.
 """
@@ -16,6 +17,13 @@ from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX = str(Path(sys.executable).parent / "max")
+UNHOOK = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if type(finder).__module__ != "step3p5.start_up"]
+"""
+"""Takes out the import hook, which the environment of the tests has as every other one."""
+
 SECONDS = 60
 """A fault must show before anything is compiled, which takes longer than this."""
 
@@ -24,7 +32,7 @@ class FreshProcesses:
     """Forks a process for each loading; a context manager.
 
     Args:
-        start_up: What Python runs before all else, as in an environment that is enabled.
+        start_up: What Python runs before it imports MAX.
     """
 
     def __init__(self, start_up: str = "") -> None:
@@ -56,6 +64,15 @@ class FreshProcesses:
         answer = json.loads(self._server.stdout.readline())
         assert isinstance(answer, str), f"the process ended with status {answer}"
         return answer
+
+
+def last_line_of_generate(folder: Path) -> str:
+    """The last line of standard error of `max generate`, which has to fail."""
+    command = [MAX, "generate", "--model", str(folder), "--custom-architectures", "pipelines_registry"]
+    command += ["--devices", "cpu", "--max-length", "512", "--prompt", "hi"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), timeout=100)
+    assert run.returncode == 1, run.stdout
+    return run.stderr.strip().splitlines()[-1]
 
 
 def serve() -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     from max.driver import set_virtual_device_api, set_virtual_device_count, set_virtual_device_target_arch
@@ -24,14 +25,15 @@ if __name__ == "__main__":
 from max.driver import Accelerator
 from max.dtype import DType
 from max.engine import InferenceSession
-from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
+from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, Value, ops
+from max.nn.kv_cache import PagedCacheValues
 
 from step3p5 import kernels
 from step3p5.layer_config import RopeConfig
 from step3p5.layers.rope import rope_table
 
 GPU = DeviceRef.GPU()
-TOP_K, HEADS, HEAD_DIM, ROTARY_DIM = 8, 8, 128, 64
+TOP_K, HEADS, KEY_HEADS, HEAD_DIM, ROTARY_DIM, PAGE_SIZE = 8, 8, 2, 128, 64, 128
 
 
 def experts_inputs(dtype: DType) -> list[TensorType]:
@@ -94,6 +96,33 @@ def rope(x: TensorValue, row_offsets: TensorValue, cache_lengths: TensorValue) -
     return [table, kernels.head_gate(x, x[:, :, 0])]
 
 
+def attend_inputs() -> list[TensorType | BufferType]:
+    """Queries, row offsets, cache lengths, pages, strides, layer, cache."""
+    return [
+        TensorType(DType.bfloat16, ("attend_T", HEADS, HEAD_DIM), GPU),
+        TensorType(DType.uint32, ("attend_R1",), GPU),
+        TensorType(DType.uint32, ("attend_R",), GPU),
+        TensorType(DType.uint32, ("attend_R", "M"), GPU),
+        TensorType(DType.int64, (1,), DeviceRef.CPU()),
+        TensorType(DType.uint32, (), DeviceRef.CPU()),
+        BufferType(DType.bfloat16, ["P", 2, "L", PAGE_SIZE, KEY_HEADS, HEAD_DIM], GPU),
+    ]
+
+
+def attend(values: Sequence[Value[Any]], window: int) -> TensorValue:
+    """Attention over the paged cache."""
+    q, row_offsets, lengths, pages, stride, layer = (value.tensor for value in values[:6])
+    cache = PagedCacheValues(
+        kv_blocks=values[6].buffer,
+        cache_lengths=lengths,
+        lookup_table=pages,
+        max_prompt_length=stride,
+        max_cache_length=stride,
+        page_stride=stride,
+    )
+    return kernels.attend(q, row_offsets, cache, layer, window, HEAD_DIM**-0.5)
+
+
 def all_ops() -> Graph:
     """Every op, the products in bfloat16 and in float32."""
     parts: list[tuple[Callable[..., list[TensorValue]], list[TensorType]]] = [
@@ -101,9 +130,11 @@ def all_ops() -> Graph:
         (experts, experts_inputs(DType.float32)),
         (rope, rope_inputs()),
     ]
-    with Graph("all_ops", input_types=[of_input for _, types in parts for of_input in types]) as graph:
-        values = iter([value.tensor for value in graph.inputs])
-        graph.output(*(result for build, types in parts for result in build(*(next(values) for _ in types))))
+    inputs = [of_input for _, types in parts for of_input in types]
+    with Graph("all_ops", input_types=[*inputs, *attend_inputs()]) as graph:
+        values = iter([value.tensor for value in graph.inputs[: len(inputs)]])
+        results = [result for build, types in parts for result in build(*(next(values) for _ in types))]
+        graph.output(*results, attend(graph.inputs[len(inputs) :], window=0))
     return graph
 
 

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from faulty import ADD, CONFIG_ERROR, CORRECT, PER_LAYER, change_config, replace
-from fresh_process import FreshProcesses
+from fresh_process import FreshProcesses, last_line_of_generate
 from harness import FIRST_TEXT_TOKEN, Runner
 from max.driver import Buffer
 from max.dtype import DType
@@ -25,17 +25,18 @@ from max.pipelines.context.exceptions import InputError, PromptTooLongError
 from max.pipelines.lib import PipelineConfig
 from max.pipelines.lib.pipeline_args import PipelineArgs
 from max.pipelines.lib.registry import PIPELINE_REGISTRY
+from max.pipelines.modeling.config_enums import SupportedEncoding
 from max.pipelines.modeling.types import RequestID, TextGenerationRequest, TextGenerationRequestMessage
 from safetensors.numpy import load_file, save_file
 
 from step3p5.checkpoint_files import INDEX_NAME
 from step3p5.checkpoint_tensors import CheckpointDtype
+from step3p5.model_config import Step3p5Config
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.tokenizer import Step3p5Tokenizer
 from step3p5.weight_adapters import convert_safetensor_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX = str(Path(sys.executable).parent / "max")
 CHECKPOINT_ERROR = "step3p5.checkpoint_files.CheckpointError: "
 
 
@@ -225,31 +226,44 @@ def test_max_length_flag(fresh: FreshProcesses, tiny: Path, length: int) -> None
     )
 
 
-def test_quantisation_flag(fresh: FreshProcesses, tiny: Path) -> None:
-    line = fresh.last_line_of_loading(tiny, quantization_encoding="q4_k")
-    assert line == "ValueError: quantization_encoding of 'q4_k' not supported by MAX engine."
+@pytest.mark.parametrize("encoding", sorted({*get_args(SupportedEncoding)} - Step3p5Config.SUPPORTED_ENCODINGS))
+def test_quantisation_flag(fresh: FreshProcesses, tiny: Path, encoding: str) -> None:
+    assert fresh.last_line_of_loading(tiny, quantization_encoding=encoding) == (
+        f"{CONFIG_ERROR}--quantization-encoding: found {encoding!r}, expected 'bfloat16' or 'float32'. Change the "
+        "flag, or leave it out to run the checkpoint as it is."
+    )
 
 
-def run_max(folder: Path, *options: str, prompt: str = "hi") -> str:
-    """The last line of standard error of `max generate`, which has to fail."""
-    command = [MAX, "generate", "--model", str(folder), "--custom-architectures", "pipelines_registry"]
-    command += ["--devices", "cpu", "--max-length", "512", "--prompt", prompt, *options]
-    # Importing MAX changes the process's environment behind Python's back: hand children Python's view of it.
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), timeout=100)
-    assert run.returncode == 1, run.stdout
-    return run.stderr.strip().splitlines()[-1]
+def test_weights_of_another_type(fresh: FreshProcesses, copy: Path) -> None:
+    for shard in copy.glob("*.safetensors"):
+        tensors = {name: tensor.astype(np.float16) for name, tensor in load_file(shard).items()}
+        shard.unlink()
+        save_file(tensors, shard)
+    line = fresh.last_line_of_loading(copy)
+    assert re.fullmatch(
+        f"{CHECKPOINT_ERROR}tensor .*: found dtype F16, expected float32 or bfloat16. Use the unquantised checkpoint.",
+        line,
+    )
+
+
+def test_a_checkpoint_without_weights(fresh: FreshProcesses, copy: Path) -> None:
+    for file in (*copy.glob("*.safetensors"), copy / INDEX_NAME):
+        file.unlink()
+    line = fresh.last_line_of_loading(copy)
+    assert line.startswith(f"{CHECKPOINT_ERROR}tensor model.embed_tokens.weight: found none of that name in the ")
+    assert line.endswith("Complete the checkpoint, or correct config.json if it belongs to other weights.")
 
 
 def test_the_command_ends_with_the_configuration_error(copy: Path) -> None:
     changes, message = CONFIG_FAULTS["unknown router activation"]
     change_config(copy, **changes)
-    assert run_max(copy) == CONFIG_ERROR + message
+    assert last_line_of_generate(copy) == CONFIG_ERROR + message
 
 
 def test_the_command_ends_with_the_checkpoint_error(copy: Path) -> None:
     shard = shard_of(copy, TENSOR)
     replace(shard, shard.read_bytes()[:-1])
-    assert run_max(copy).startswith(f"{CHECKPOINT_ERROR}{shard}: found ")
+    assert last_line_of_generate(copy).startswith(f"{CHECKPOINT_ERROR}{shard}: found ")
 
 
 def test_an_output_folder_that_exists_is_left_alone(tmp_path: Path) -> None:

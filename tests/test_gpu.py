@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from expert_layer import LIMIT, Array, Layer, Operands
+from expert_layer import LIMIT, Array, Layer, Operands, as_bfloat16, rounded
+from gpu_ops import HEAD_DIM, HEADS, KEY_HEADS, PAGE_SIZE, attend, attend_inputs
 from max.driver import CPU, Accelerator, Buffer, accelerator_count
 from max.dtype import DType
 from max.engine import InferenceSession, Model
@@ -102,6 +103,36 @@ def test_nan_stays_in_its_token(experts: Model, rng: np.random.Generator, tokens
     for clean, found in ((y, y_broken), (product, product_broken), (gated, gated_broken)):
         assert np.isnan(found[broken]).any()
         assert found[others].tobytes() == clean[others].tobytes()
+
+
+def test_plain_attention_equals_float64(rng: np.random.Generator) -> None:
+    """The attention of GPUs that MAX has no kernel for; it runs on every GPU."""
+    lengths, new, layer, num_layers, num_pages, window = [0, 5, 300], [130, 1, 6], 1, 2, 10, 40
+    with Graph("plain_attention", input_types=attend_inputs()) as graph:
+        graph.output(attend(graph.inputs, window=0), attend(graph.inputs, window=window))
+    model = InferenceSession(devices=[Accelerator()]).load(graph)
+    q = rounded(rng.standard_normal((sum(new), HEADS, HEAD_DIM), np.float32), DType.bfloat16)
+    cache = rng.standard_normal((num_pages, 2, num_layers, PAGE_SIZE, KEY_HEADS, HEAD_DIM), np.float32)
+    cache = rounded(cache, DType.bfloat16)
+    pages = rng.permutation(num_pages)[:9].reshape(3, 3).astype(np.uint32)
+    offsets = np.cumsum([0, *new]).astype(np.uint32)
+    on_gpu = [as_bfloat16(q), offsets, np.array(lengths, np.uint32), pages]
+    on_cpu = [Buffer.from_numpy(np.array([-1])), Buffer.from_numpy(np.array(layer, np.uint32))]
+    operands = [value if isinstance(value, Buffer) else Buffer.from_numpy(value) for value in on_gpu]
+    moved = [value.to(Accelerator()) for value in (*operands, as_bfloat16(cache))]
+    results = [as_float32(result.to(CPU())) for result in model.execute(*moved[:-1], *on_cpu, moved[-1])]
+    for found, seen in zip(results, (1 << 20, window), strict=True):
+        want = np.empty(q.shape)
+        for request, (length, count) in enumerate(zip(lengths, new, strict=True)):
+            rows = np.concatenate(cache[pages[request], :, layer], axis=1).astype(np.float64)
+            for i in range(count):
+                keys, values = rows[:, max(length + i + 1 - seen, 0) : length + i + 1]
+                for head in range(HEADS):
+                    kv, token = head // (HEADS // KEY_HEADS), offsets[request] + i
+                    scores = keys[:, kv] @ q[token, head] * HEAD_DIM**-0.5
+                    weights = np.exp(scores - scores.max())
+                    want[token, head] = weights @ values[:, kv] / weights.sum()
+        np.testing.assert_allclose(found, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
 
 
 def test_captured_graphs_give_the_tokens_of_eager_execution(tmp_path: Path, rng: np.random.Generator) -> None:

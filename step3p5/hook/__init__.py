@@ -1,1 +1,1 @@
-"""What `python -m step3p5.enable` changes in MAX: the model name `step3p5`, and our errors for a bad `config.json`."""
+"""What the import hook changes in MAX: the model name `step3p5`, and our errors where MAX looks before it asks us."""

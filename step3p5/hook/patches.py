@@ -23,6 +23,9 @@ logger = logging.getLogger("max.pipelines")
 REGISTRY = "pipelines_registry"
 """The module that `--custom-architectures` names for this package."""
 
+CONFIG_MODULE = "step3p5.model_config"
+"""Where the configuration class of this package's architectures lies."""
+
 
 def patch_pipeline_args(module: ModuleType) -> None:
     """`PipelineArgs`: takes the model name `step3p5`, and imports this package before `config.json` is read.
@@ -51,6 +54,8 @@ def patch_pipeline_args(module: ModuleType) -> None:
             ASKED_FOR.add(path)
             data = _with_defaults(data, path, module.PipelineRuntimeConfig)
         init(self, **data)
+        if any(map(_names_this_package, self.runtime.custom_architectures)):  # of a recipe, which is read here
+            ASKED_FOR.add(self.model_path)
 
     args.from_flat_kwargs = import_first
     args.__init__ = take_short_name
@@ -89,10 +94,31 @@ def patch_hf_config(module: ModuleType) -> None:
     module.load_huggingface_config = load_or_explain  # type: ignore[attr-defined]
 
 
+def patch_pipeline_config(module: ModuleType) -> None:
+    """`PipelineConfig`: weights that this package cannot run end in its error, that of the flag or of the tensor."""
+    config = module.PipelineConfig
+    resolve_weights = config._model_with_resolved_weights
+
+    @staticmethod  # type: ignore[misc]  # becomes one of `config`
+    @wraps(resolve_weights)
+    def resolve_or_explain(model: Any, arch: Any) -> Any:
+        try:
+            return resolve_weights(model, arch)
+        except ValueError:
+            if arch.config.__module__ == CONFIG_MODULE:
+                from step3p5.hook.weight_choice import check_weight_choice
+
+                check_weight_choice(model, arch.supported_encodings)
+            raise
+
+    config._model_with_resolved_weights = resolve_or_explain
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "max.pipelines.lib.pipeline_args": patch_pipeline_args,
     "max.pipelines.lib.auto_model": patch_auto_model,
     "max.pipelines.lib._hf_config": patch_hf_config,
+    "max.pipelines.lib.config.config": patch_pipeline_config,
 }
 
 

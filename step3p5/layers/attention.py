@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from max.driver import accelerator_api, accelerator_architecture_name
 from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 from max.nn.attention import MHAMaskVariant
@@ -85,16 +86,21 @@ class Attention(Module):
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q = kernels.qkv(q, k, v, self._norm(x.device), rope_table, input_row_offsets, kv_collection, cache_layer)
-        out = flash_attention_ragged(
-            self.kv_params,
-            q,
-            input_row_offsets,
-            kv_collection,
-            cache_layer,
-            self.mask,
-            scale=config.head_dim**-0.5,
-            local_window_size=config.sliding_window or -1,
-        )
+        scale = config.head_dim**-0.5
+        if lacks_flash_attention(x.device):
+            window = config.sliding_window or 0
+            out = kernels.attend(q, input_row_offsets, kv_collection, cache_layer, window, scale)
+        else:
+            out = flash_attention_ragged(
+                self.kv_params,
+                q,
+                input_row_offsets,
+                kv_collection,
+                cache_layer,
+                self.mask,
+                scale=scale,
+                local_window_size=config.sliding_window or -1,
+            )
         if gate is not None:
             return self.o_proj(kernels.head_gate(out, gate))
         return self.o_proj(ops.reshape(out, (x.shape[0], config.num_attention_heads * config.head_dim)))
@@ -104,3 +110,8 @@ class Attention(Module):
             return None
         q, k = self.q_norm, self.k_norm
         return kernels.HeadNorm(q.weight.to(device), k.weight.to(device), q.eps, q.weight_offset)
+
+
+def lacks_flash_attention(device: DeviceRef) -> bool:
+    """Whether MAX's attention does not compile for the GPU: on AMD it needs instructions that gfx942 (MI300) lacks."""
+    return device.is_gpu() and accelerator_api() == "hip" and accelerator_architecture_name().startswith("gfx94")
