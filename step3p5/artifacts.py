@@ -17,6 +17,7 @@ from max.pipelines.lib import PipelineConfig
 
 from .custom_ops import kernels_path
 from .model_config import Step3p5Config
+from .speculation.draft_vocabulary import SIZE_VARIABLE, draft_vocabulary_size
 
 logger = logging.getLogger("max.pipelines")
 
@@ -37,11 +38,17 @@ def artifact_settings(pipeline_config: PipelineConfig, config: Step3p5Config) ->
         "--kv-cache-page-size": pipeline_config.model.kv_cache.kv_cache_page_size,
         "--use-subgraphs": config.use_subgraphs,
         "--speculative-method (MTP layers that draft)": len(config.drafting_layers),
+        **_drafting_settings(config),
         "the returned logits": str(config.return_logits),
         "config.json (digest of what was parsed)": _digest(repr(config.model).encode()),
         "the Mojo kernels (digest)": _digest(*(path.read_bytes() for path in sorted(kernels_path().glob("*.mojo")))),
         "the version of modular": version("modular"),
     }
+
+
+def _drafting_settings(config: Step3p5Config) -> dict[str, Any]:
+    """Of graphs that draft; artifacts of others say nothing of them."""
+    return {SIZE_VARIABLE: draft_vocabulary_size(config.model)} if config.drafting_layers else {}
 
 
 def record_or_check(pipeline_config: PipelineConfig, config: Step3p5Config) -> None:

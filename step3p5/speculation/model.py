@@ -24,10 +24,13 @@ from ..checkpoint_tensors import CheckpointDtype
 from ..config_fields import ConfigError
 from ..model import Step3p5Model
 from ..model_config import Step3p5Config
-from ..mtp import MTPDepth, depth_weights, swiglu_limit
+from ..mtp import HEAD_WEIGHT, MTPDepth, PartialHead, SharedHead, depth_weights, swiglu_limit
 from ..precision import activation_dtype
 from ..step3p5 import index_within_cache
 from ..tokenizer import check_token_ids
+from ..weight_adapters import host_buffer
+from .draft_heads import DraftHeads
+from .draft_vocabulary import draft_vocabulary_size
 from .drafted import Drafted, DraftReader
 from .graphs import RowSelection, TokenSelection, VerifyingStep3p5
 from .host_rows import host_dtype, rows_from_host, rows_to_host
@@ -82,7 +85,8 @@ class SpeculativeStep3p5Model(Step3p5Model):
         config = self.arch_config_as(Step3p5Config)
         weights = CheckpointDtype(config.dtype.name)
         cache = CheckpointDtype(activation_dtype(config.dtype, config.devices[0]).name)
-        return cycle_bytes(config.model, batch_size, depth, TYPICAL_CONTEXT, weights, cache)
+        size = draft_vocabulary_size(config.model)
+        return cycle_bytes(config.model, batch_size, depth, TYPICAL_CONTEXT, weights, cache, size)
 
     @override
     def load_graphs(self, session: InferenceSession) -> dict[str, Model]:
@@ -130,10 +134,17 @@ class SpeculativeStep3p5Model(Step3p5Model):
                 target, "step3p5_target", tuple(tree.leaves(target.input_tree())), weights=target.state_dict()
             )
         }
+        size, vocab_size = draft_vocabulary_size(model_config.model), model_config.model.vocab_size
+        self._whole_heads = []
         for depth, layer in enumerate(drafting):
             cache = model_config.kv_params.child(layer.attention.kind, KVCacheParams)
-            module = MTPDepth(layer, model_config.model, cache, model_config.dtype, device)
-            module.load_state_dict(depth_weights(self.state_dict, layer), weight_alignment=1, strict=True)
+            weights = depth_weights(self.state_dict, layer)
+            head: SharedHead | PartialHead = SharedHead(model_config.model, model_config.dtype, device)
+            if size < vocab_size:
+                head = PartialHead(size, model_config.model, model_config.dtype, device)
+                self._whole_heads.append(weights.pop(HEAD_WEIGHT))
+            module = MTPDepth(layer, model_config.model, cache, head, model_config.dtype, device)
+            module.load_state_dict(weights, weight_alignment=1, strict=True)
             # One name for all depths: depths of one shape are one graph, compiled once and taken from the cache then.
             specs[depth_role(depth)] = GraphSpec(
                 module, "step3p5_mtp", module.input_types(), weights=module.state_dict()
@@ -234,6 +245,8 @@ class SpeculativeStep3p5Model(Step3p5Model):
             kind: tree.leaves(self._draft_cache(kind, kv_cache_inputs[kind][0], plan, cache_lengths, drafting))
             for kind in kinds
         }
+        if self.heads is not None:
+            self.heads.refresh()
         drafted = []
         for depth, after in enumerate(known):
             layer = config.drafting_layers[depth]
@@ -244,10 +257,19 @@ class SpeculativeStep3p5Model(Step3p5Model):
                 after,
                 row_offsets,
                 *self._depth_scalars[depth],
+                *(self.heads.inputs(depth) if self.heads is not None else ()),
                 *caches[str(layer.attention.kind)],
             )
             drafted.append(chosen)
         return self._drafts.start(drafted), split_rows(to_keep, plan.keep_counts)
+
+    @cached_property
+    def heads(self) -> DraftHeads | None:
+        """The rows of the heads that the depths use; `None` where they use all."""
+        if not self._whole_heads:
+            return None
+        size = draft_vocabulary_size(self.arch_config_as(Step3p5Config).model)
+        return DraftHeads([host_buffer(head) for head in self._whole_heads], size, self.devices[0])
 
     @cached_property
     def _depth_scalars(self) -> list[tuple[Buffer, Buffer]]:
