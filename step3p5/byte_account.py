@@ -8,7 +8,7 @@ routing. Activations are left out: they are small and can stay in a cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from step3p5.checkpoint_tensors import CheckpointDtype, TensorRole, TensorSpec, checkpoint_tensors, mtp_layer_tensors
 from step3p5.layer_config import AttentionConfig, ModelConfig, MoEConfig
@@ -96,21 +96,26 @@ def forward_bytes(
     return weights + cache_bytes(model, cache_dtype, forward)
 
 
+def drafting_tensors(model: ModelConfig, depth: int, draft_vocabulary: int) -> dict[str, TensorSpec]:
+    """The tensors of the first `depth` MTP layers, by hub name, as they lie on a device.
+
+    Of their heads these are the rows of the `draft_vocabulary` tokens that can be drafted.
+    """
+    tensors = {}
+    for layer in model.mtp_layers[:depth]:
+        for name, spec in mtp_layer_tensors(model, layer).items():
+            if spec.role is TensorRole.LM_HEAD:
+                spec = replace(spec, shape=(min(spec.shape[0], draft_vocabulary), *spec.shape[1:]))
+            tensors[name] = spec
+    return tensors
+
+
 def draft_bytes(model: ModelConfig, depth: int, weight_dtype: CheckpointDtype, draft_vocabulary: int) -> int:
     """Bytes that drafting `depth` tokens of every request must read: the weights of as many MTP layers.
 
-    Of their heads these are the rows of the `draft_vocabulary` tokens that can be drafted. A layer's cache is a few
-    thousandths of its weights and is left out, and so are the embedding's rows.
+    A layer's cache is a few thousandths of its weights and is left out, and so are the embedding's rows.
     """
-    layers = model.mtp_layers[:depth]
-    specs = [spec for layer in layers for spec in mtp_layer_tensors(model, layer).values()]
-    return sum(_drafting_bytes(spec, weight_dtype, draft_vocabulary) for spec in specs)
-
-
-def _drafting_bytes(spec: TensorSpec, dtype: CheckpointDtype, draft_vocabulary: int) -> int:
-    if spec.role is not TensorRole.LM_HEAD:
-        return spec.num_bytes(dtype)
-    return spec.num_bytes(dtype) // spec.shape[0] * min(draft_vocabulary, spec.shape[0])
+    return sum(spec.num_bytes(weight_dtype) for spec in drafting_tensors(model, depth, draft_vocabulary).values())
 
 
 def cycle_bytes(
