@@ -54,9 +54,9 @@ def drafting_some(predictable: Path) -> Iterator[AutoModel]:
     """`predictable`, a quarter of whose tokens can be drafted at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SIZE_VARIABLE, "128")
-        with load(predictable, DEPTH) as model:
-            assert model.pipeline._pipeline_model.heads is not None
-            yield model
+        model = load(predictable, DEPTH)
+    with model:
+        yield model
 
 
 @pytest.fixture(params=[False, True], ids=["by the host", "on the device"])
@@ -95,7 +95,9 @@ def test_a_part_of_the_vocabulary_drafts_its_best_and_changes_nothing(
     with Recorder(drafting_some) as recorder:
         generate(drafting_some, [request(prompt, 12) for prompt in prompts])
     recorder.check(Reference.from_checkpoint(predictable))
-    assert set(drafting_some.pipeline._pipeline_model.heads.vocabulary.ids) != set(range(128))
+    ids = drafting_some.pipeline._pipeline_model.heads.vocabulary.ids
+    assert len(set(ids.tolist())) == 128
+    assert ids.max() > 128
 
 
 @pytest.mark.usefixtures("handed_on")

@@ -32,7 +32,7 @@ class DraftHeads:
         self._whole = [_bits(head) for head in heads]
         self._rows = [Buffer.from_numpy(head[:size].copy().reshape(-1)).to(device) for head in self._whole]
         self._ids = Buffer.from_numpy(self.vocabulary.ids.copy()).to(device)
-        self._copies = OneCopy(device)
+        self._device, self._copies = device, OneCopy(device)
 
     def see(self, tokens: Int64) -> None:
         """Takes note of tokens of a text: they can be drafted soon."""
@@ -43,6 +43,10 @@ class DraftHeads:
         slots, tokens = self.vocabulary.admit()
         if not len(slots):
             return
+        if self._device.is_host:
+            for kept, new in zip((self._ids, *self._rows), (tokens, *(h[tokens] for h in self._whole)), strict=True):
+                kept.to_numpy().reshape(len(self.vocabulary.ids), -1)[slots] = new.reshape(len(slots), -1)
+            return
         ids, *rows = self._copies.send(tokens, *(head[tokens].reshape(-1) for head in self._whole))
         places = slots.tolist()
         to, source = [self._ids[slot : slot + 1] for slot in places], [ids[i : i + 1] for i in range(len(places))]
@@ -50,6 +54,7 @@ class DraftHeads:
             to += [head[slot * self._width : (slot + 1) * self._width] for slot in places]
             source += [new[i * self._width : (i + 1) * self._width] for i in range(len(places))]
         batch_inplace_copy(to, source)
+        self._sent = ids, rows  # the copies go on when this returns
 
     def inputs(self, depth: int) -> tuple[Buffer, Buffer]:
         """What `mtp.DraftHead` takes: rows `[size, hidden_size]` of the head of `depth`, and their ids `[size]`."""

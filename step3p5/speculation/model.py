@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from max import tree
-from max.driver import Buffer
+from max.driver import Buffer, is_virtual_device_mode
 from max.dtype import DType
 from max.engine import InferenceSession, Model
+from max.graph.weights import WeightData
 from max.nn.kv_cache import KVCacheInputs, KVCacheInputsPerDevice, KVCacheParams
 from max.pipelines.context import TextContext
 from max.pipelines.lib.graph_specs import GraphRole, GraphSpec
@@ -65,6 +66,9 @@ class SpeculativeStep3p5Model(Step3p5Model):
     stays_on_device: bool
     """Whether drafts and kept rows go from one step to the next without passing through the host."""
 
+    heads: DraftHeads | None
+    """The rows of the heads that the depths use; `None` where they use all."""
+
     @property
     def depth(self) -> int:
         """How many tokens can be drafted."""
@@ -99,6 +103,10 @@ class SpeculativeStep3p5Model(Step3p5Model):
         # Each waits for its own last copy alone.
         self._to_verify, self._to_draft, self._drafts = OneCopy(device), OneCopy(device), DraftReader(device)
         self.stays_on_device = not device.is_host
+        self.heads = None
+        if self._whole_heads and not is_virtual_device_mode():
+            whole = [host_buffer(head) for head in self._whole_heads]
+            self.heads = DraftHeads(whole, draft_vocabulary_size(config.model), device)
         asked = self.pipeline_config.speculative.num_speculative_tokens if self.pipeline_config.speculative else 0
         if self.depth < (asked or 0):
             logger.warning(
@@ -114,6 +122,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         """The target's graph, each depth's and the row selection, with their weights."""
         assert isinstance(model_config, Step3p5Config)
         drafting, device = model_config.drafting_layers, model_config.devices[0]
+        self._whole_heads: list[WeightData] = []
         if not drafting:
             return super().graph_specs(model_config)
         record_or_check(self.pipeline_config, model_config)
@@ -135,7 +144,6 @@ class SpeculativeStep3p5Model(Step3p5Model):
             )
         }
         size, vocab_size = draft_vocabulary_size(model_config.model), model_config.model.vocab_size
-        self._whole_heads = []
         for depth, layer in enumerate(drafting):
             cache = model_config.kv_params.child(layer.attention.kind, KVCacheParams)
             weights = depth_weights(self.state_dict, layer)
@@ -262,14 +270,6 @@ class SpeculativeStep3p5Model(Step3p5Model):
             )
             drafted.append(chosen)
         return self._drafts.start(drafted), split_rows(to_keep, plan.keep_counts)
-
-    @cached_property
-    def heads(self) -> DraftHeads | None:
-        """The rows of the heads that the depths use; `None` where they use all."""
-        if not self._whole_heads:
-            return None
-        size = draft_vocabulary_size(self.arch_config_as(Step3p5Config).model)
-        return DraftHeads([host_buffer(head) for head in self._whole_heads], size, self.devices[0])
 
     @cached_property
     def _depth_scalars(self) -> list[tuple[Buffer, Buffer]]:
