@@ -44,6 +44,7 @@ from step3p5.byte_account import cycle_bytes
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.layer_config import ModelConfig
 from step3p5.pretrained_config import as_step3p5_config
+from step3p5.speculation.draft_vocabulary import draft_vocabulary_size
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
 
 MAX_LENGTH = 1024
@@ -108,7 +109,7 @@ def predicted_speedup(model: ModelConfig, batch: int, acceptance: Sequence[float
     """Speed-up by the bytes read, drafting as deep as `acceptance` is long."""
 
     def read(depth: int) -> float:
-        return cycle_bytes(model, batch, depth, PROMPT_TOKENS, dtype, dtype)
+        return cycle_bytes(model, batch, depth, PROMPT_TOKENS, dtype, dtype, draft_vocabulary_size(model))
 
     return tokens_per_cycle(acceptance) * read(0) / read(len(acceptance))
 

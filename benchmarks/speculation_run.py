@@ -14,6 +14,7 @@ from max.pipelines.lib.auto_model import AutoModel
 from max.pipelines.lib.generate import GenerateIterator
 from max.pipelines.modeling.types import RequestID
 
+from step3p5.random_checkpoint.predictable import RING_TOKENS
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth
 from step3p5.speculation.statistics import Statistics
 
@@ -88,9 +89,9 @@ class Settings:
 
 
 def random_prompts(seed: int, vocab_size: int, count: int) -> list[list[int]]:
-    """`count` prompts of text tokens."""
+    """`count` prompts of tokens that a predictable checkpoint goes through."""
     rng = np.random.default_rng(seed)
-    return rng.integers(FIRST_TEXT_TOKEN, vocab_size - 64, (count, PROMPT_TOKENS)).tolist()
+    return rng.integers(FIRST_TEXT_TOKEN, min(RING_TOKENS, vocab_size - 64), (count, PROMPT_TOKENS)).tolist()
 
 
 def greedy_requests(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[TextContext]:

@@ -19,6 +19,7 @@ from max.pipelines.lib import PipelineConfig
 from .custom_ops import use_kernels
 from .kernel_package import compiled_package, kernels_path, sources_digest
 from .model_config import Step3p5Config
+from .speculation.draft_vocabulary import SIZE_VARIABLE, draft_vocabulary_size
 
 logger = logging.getLogger("max.pipelines")
 
@@ -39,11 +40,17 @@ def artifact_settings(pipeline_config: PipelineConfig, config: Step3p5Config) ->
         "--kv-cache-page-size": pipeline_config.model.kv_cache.kv_cache_page_size,
         "--use-subgraphs": config.use_subgraphs,
         "--speculative-method (MTP layers that draft)": len(config.drafting_layers),
+        **_drafting_settings(config),
         "the returned logits": str(config.return_logits),
         "config.json (digest of what was parsed)": _digest(repr(config.model).encode()),
         "the Mojo kernels (digest)": sources_digest(kernels_path()),
         "the version of modular": version("modular"),
     }
+
+
+def _drafting_settings(config: Step3p5Config) -> dict[str, Any]:
+    """Of graphs that draft; artifacts of others say nothing of them."""
+    return {SIZE_VARIABLE: draft_vocabulary_size(config.model)} if config.drafting_layers else {}
 
 
 def record_or_check(pipeline_config: PipelineConfig, config: Step3p5Config) -> None:

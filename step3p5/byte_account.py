@@ -8,9 +8,9 @@ routing. Activations are left out: they are small and can stay in a cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from step3p5.checkpoint_tensors import CheckpointDtype, TensorRole, checkpoint_tensors, mtp_layer_tensors
+from step3p5.checkpoint_tensors import CheckpointDtype, TensorRole, TensorSpec, checkpoint_tensors, mtp_layer_tensors
 from step3p5.layer_config import AttentionConfig, ModelConfig, MoEConfig
 
 EXPERT_ROLES = frozenset({TensorRole.EXPERT_GATE, TensorRole.EXPERT_UP, TensorRole.EXPERT_DOWN})
@@ -96,14 +96,26 @@ def forward_bytes(
     return weights + cache_bytes(model, cache_dtype, forward)
 
 
-def draft_bytes(model: ModelConfig, depth: int, weight_dtype: CheckpointDtype) -> int:
+def drafting_tensors(model: ModelConfig, depth: int, draft_vocabulary: int) -> dict[str, TensorSpec]:
+    """The tensors of the first `depth` MTP layers, by hub name, as they lie on a device.
+
+    Of their heads these are the rows of the `draft_vocabulary` tokens that can be drafted.
+    """
+    tensors = {}
+    for layer in model.mtp_layers[:depth]:
+        for name, spec in mtp_layer_tensors(model, layer).items():
+            if spec.role is TensorRole.LM_HEAD:
+                spec = replace(spec, shape=(min(spec.shape[0], draft_vocabulary), *spec.shape[1:]))
+            tensors[name] = spec
+    return tensors
+
+
+def draft_bytes(model: ModelConfig, depth: int, weight_dtype: CheckpointDtype, draft_vocabulary: int) -> int:
     """Bytes that drafting `depth` tokens of every request must read: the weights of as many MTP layers.
 
     A layer's cache is a few thousandths of its weights and is left out, and so are the embedding's rows.
     """
-    layers = model.mtp_layers[:depth]
-    specs = [spec for layer in layers for spec in mtp_layer_tensors(model, layer).values()]
-    return sum(spec.num_bytes(weight_dtype) for spec in specs)
+    return sum(spec.num_bytes(weight_dtype) for spec in drafting_tensors(model, depth, draft_vocabulary).values())
 
 
 def cycle_bytes(
@@ -113,13 +125,16 @@ def cycle_bytes(
     context: int,
     weight_dtype: CheckpointDtype,
     cache_dtype: CheckpointDtype,
+    draft_vocabulary: int,
 ) -> float:
     """Expected bytes of a cycle of speculation: drafting `depth` tokens of each request and verifying them.
 
-    With depth 0 it is a plain decode step. `context` counts the tokens before the new ones.
+    With depth 0 it is a plain decode step. `context` counts the tokens before the new ones, `draft_vocabulary` the
+    tokens that can be drafted.
     """
     verified = Forward(batch_size, 1 + depth, context + 1 + depth)
-    return forward_bytes(model, verified, weight_dtype, cache_dtype) + draft_bytes(model, depth, weight_dtype)
+    drafting = draft_bytes(model, depth, weight_dtype, draft_vocabulary)
+    return forward_bytes(model, verified, weight_dtype, cache_dtype) + drafting
 
 
 def forward_flops(model: ModelConfig, forward: Forward) -> float:

@@ -20,6 +20,7 @@ from max.nn.layer import Module
 from typing_extensions import override
 
 from .checkpoint_tensors import TensorRole
+from .kernels import linear
 from .layer_config import LayerConfig, ModelConfig
 from .layers.decoder import DecoderLayer
 from .layers.linear import Linear
@@ -32,6 +33,10 @@ UNKNOWN_TOKEN = -1
 """In `known`: the token after a request's last row has not been chosen yet, so the draft stands for it."""
 
 
+HEAD_WEIGHT = "shared_head.output.weight"
+"""`MTPDepth`'s name of its output projection, which it has where every token can be drafted."""
+
+
 class SharedHead(Module):
     """A depth's own norm and output projection; the names are the checkpoint's."""
 
@@ -40,9 +45,46 @@ class SharedHead(Module):
         self.norm = RMSNorm(model.hidden_size, model, weight_dtype(TensorRole.HIDDEN_NORM, dtype, device))
         self.output = Linear(model.hidden_size, model.vocab_size, dtype, device)
 
-    def __call__(self, z: TensorValue) -> TensorValue:
-        """Hidden states `[rows, hidden_size]` to float32 logits `[rows, vocab_size]`."""
-        return ops.cast(self.output(self.norm(z)), DType.float32)
+    def input_types(self) -> tuple[TensorType, ...]:
+        """What the head takes besides hidden states: nothing."""
+        return ()
+
+    def __call__(self, z: TensorValue) -> tuple[TensorValue, TensorValue]:
+        """The likeliest tokens `[n]` int64 after hidden states `[n, hidden_size]`, and the logits `[n, vocab_size]`."""
+        logits = ops.cast(self.output(self.norm(z)), DType.float32)
+        return _argmax(logits), logits
+
+
+class PartialHead(Module):
+    """A depth's norm and some rows of its output projection, which change from step to step.
+
+    Args:
+        size: Number of rows.
+        model: Hidden size and norm constants.
+        dtype: Type of the rows.
+        device: Where the depth runs.
+    """
+
+    def __init__(self, size: int, model: ModelConfig, dtype: DType, device: DeviceRef) -> None:
+        super().__init__()
+        self.norm = RMSNorm(model.hidden_size, model, weight_dtype(TensorRole.HIDDEN_NORM, dtype, device))
+        self._types = (
+            TensorType(dtype, [size, model.hidden_size], device),
+            TensorType(DType.int64, [size], device),
+        )
+
+    def input_types(self) -> tuple[TensorType, ...]:
+        """The rows `[size, hidden_size]` and the tokens `[size]` int64 that they are for."""
+        return self._types
+
+    def __call__(self, z: TensorValue, rows: TensorValue, ids: TensorValue) -> tuple[TensorValue, TensorValue]:
+        """The likeliest of `ids`, `[n]` int64, after hidden states `[n, hidden_size]`, and the logits `[n, size]`."""
+        logits = ops.cast(linear(self.norm(z), rows), DType.float32)
+        return ops.gather(ids, _argmax(logits), axis=0), logits
+
+
+def _argmax(logits: TensorValue) -> TensorValue:
+    return ops.squeeze(ops.argmax(logits, axis=-1), -1)
 
 
 class MTPDepth(TracedModule):
@@ -54,12 +96,19 @@ class MTPDepth(TracedModule):
         layer: The depth's decoder layer.
         model: Hidden size, vocabulary and norm constants.
         kv_params: The cache that holds this kind of layer.
+        head: What the drafts are chosen with.
         dtype: Storage type of the weights.
         device: Where the depth runs.
     """
 
     def __init__(
-        self, layer: LayerConfig, model: ModelConfig, kv_params: KVCacheParams, dtype: DType, device: DeviceRef
+        self,
+        layer: LayerConfig,
+        model: ModelConfig,
+        kv_params: KVCacheParams,
+        head: SharedHead | PartialHead,
+        dtype: DType,
+        device: DeviceRef,
     ) -> None:
         super().__init__()
         hidden_size = model.hidden_size
@@ -71,7 +120,7 @@ class MTPDepth(TracedModule):
         self.hnorm = RMSNorm(hidden_size, model, norm_dtype)
         self.eh_proj = Linear(2 * hidden_size, hidden_size, dtype, device)
         self.layer = DecoderLayer(layer, model, kv_params, dtype, device)
-        self.shared_head = SharedHead(model, dtype, device)
+        self.shared_head = head
 
     def __call__(
         self,
@@ -83,6 +132,7 @@ class MTPDepth(TracedModule):
         cache_layer: TensorValue,
         swiglu_limit: TensorValue,
         kv_collection: PagedCacheValues,
+        *head_inputs: TensorValue,
     ) -> tuple[TensorValue, TensorValue, TensorValue, TensorValue]:
         """Runs the depth over a ragged batch and drafts one token a request.
 
@@ -96,10 +146,11 @@ class MTPDepth(TracedModule):
             cache_layer: This depth's index within its cache, a uint32 scalar on the host.
             swiglu_limit: Clamp limit of the MLP, a float32 scalar on the host; infinite where there is none.
             kv_collection: The paged cache; its lengths are those of this depth.
+            head_inputs: What the head takes besides hidden states.
 
         Returns:
             The depth's hidden states `[rows, hidden_size]`; the next depth's `tokens [rows]`; the drafted tokens
-            `[batch]`; the logits `[batch, vocab_size]` float32 that they were drafted from.
+            `[batch]`; the float32 logits that they were chosen by.
         """
         rope = self.config.attention.rope
         embedded = ops.cast(self.embed_tokens(tokens), self.dtype)
@@ -108,8 +159,8 @@ class MTPDepth(TracedModule):
         z = self.layer(
             self.eh_proj(joined), cache_layer, kv_collection, input_row_offsets, swiglu_limit, swiglu_limit, *table
         )
-        logits = self.shared_head(ops.gather(z, input_row_offsets[1:] - 1, axis=0))
-        drafts = ops.rebind(ops.squeeze(ops.argmax(logits, axis=-1), -1), known.shape)
+        best, logits = self.shared_head(ops.gather(z, input_row_offsets[1:] - 1, axis=0), *head_inputs)
+        drafts = ops.rebind(best, known.shape)
         chosen = ops.where(known == UNKNOWN_TOKEN, drafts, known)
         return z, ops.gather(ops.concat([tokens, chosen]), following, axis=0), drafts, logits
 
@@ -124,15 +175,19 @@ class MTPDepth(TracedModule):
             TensorType(DType.uint32, ["input_row_offsets_len"], self.device),
             TensorType(DType.uint32, [], host),
             TensorType(DType.float32, [], host),
+            *self.shared_head.input_types(),
             *self.kv_params.flattened_kv_inputs(),
         )
 
     @override
     def call_with(self, *inputs: Value[Any]) -> tuple[TensorValue, ...]:
         """Calls the module with values of `input_types()`."""
-        previous, tokens, following, known, row_offsets, cache_layer, limit = (value.tensor for value in inputs[:7])
-        (collection,) = self.kv_params.unflatten_kv_inputs(iter(inputs[7:]))
-        return self(previous, tokens, following, known, row_offsets, cache_layer, limit, collection)
+        first_cache = 7 + len(self.shared_head.input_types())
+        previous, tokens, following, known, row_offsets, cache_layer, limit, *head_inputs = (
+            value.tensor for value in inputs[:first_cache]
+        )
+        (collection,) = self.kv_params.unflatten_kv_inputs(iter(inputs[first_cache:]))
+        return self(previous, tokens, following, known, row_offsets, cache_layer, limit, collection, *head_inputs)
 
 
 def depth_weights(state_dict: Mapping[str, Any], layer: LayerConfig) -> dict[str, Any]:

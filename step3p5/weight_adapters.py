@@ -65,11 +65,12 @@ def convert_safetensor_state_dict(
     for name in with_progress(casts, lambda name: _num_bytes(weights[name]), f"Casting to {encoding}"):
         weights[name] = weights[name].astype(dtypes[name])
     if device.is_cpu():
-        huge_pages.collapse(_buffer(weights[name]) for name in casts)
+        huge_pages.collapse(host_buffer(weights[name]) for name in casts)
     return {rename(name, GRAPH_PREFIXES): data for name, data in weights.items()}
 
 
-def _buffer(data: WeightData) -> Buffer:
+def host_buffer(data: WeightData) -> Buffer:
+    """The tensor's memory on the host."""
     return data.data if isinstance(data.data, Buffer) else Buffer.from_dlpack(data.data)
 
 

@@ -35,7 +35,7 @@ from test_parallel_plan import MODES, plan_of
 
 from step3p5.config_parser import parse_model_config
 from step3p5.layer_config import ModelConfig
-from step3p5.mtp import MTPDepth
+from step3p5.mtp import MTPDepth, PartialHead, SharedHead
 from step3p5.parallel_plan import parallel_plan
 from step3p5.parallel_step3p5 import ParallelStep3p5
 from step3p5.speculation.graphs import RowSelection, TokenSelection, VerifyingStep3p5
@@ -109,8 +109,13 @@ def mtp_graphs(module: Module) -> Graph:
     target.trace(*tree.leaves(target.input_tree()), name="target", module=module)
     (layer,) = config.model.mtp_layers
     cache = config.kv_params.child(layer.attention.kind, KVCacheParams)
-    draft = named(MTPDepth(layer, config.model, cache, DTYPE, DeviceRef.GPU()))
-    graph = draft.trace(*draft.input_types(), name="draft", module=module)
+    heads: list[SharedHead | PartialHead] = [
+        SharedHead(config.model, DTYPE, DeviceRef.GPU()),
+        PartialHead(64, config.model, DTYPE, DeviceRef.GPU()),
+    ]
+    for index, head in enumerate(heads):
+        draft = named(MTPDepth(layer, config.model, cache, head, DTYPE, DeviceRef.GPU()))
+        graph = draft.trace(*draft.input_types(), name=f"draft_{index}", module=module)
     rows = RowSelection(config.model.hidden_size, DTYPE, DeviceRef.GPU())
     rows.trace(*rows.input_types(), name="rows", module=module)
     tokens = TokenSelection(1, DeviceRef.GPU())

@@ -16,6 +16,8 @@ from max.pipelines.lib.generate import GenerateIterator
 from max.pipelines.modeling.types import RequestID
 from reference import Reference
 
+from step3p5.model_config import Step3p5Config
+
 GREEDY = SamplingParams(temperature=0.0, top_k=1, ignore_eos=True)
 
 
@@ -67,8 +69,10 @@ class Recorder:
     model: AutoModel
     verified: list[tuple[Prompt, npt.NDArray[np.float32]]] = field(default_factory=list)
     """A request's tokens with its drafts, and the logits of the rows from the last token on."""
-    drafted: list[tuple[Prompt, Prompt, list[npt.NDArray[np.float32]]]] = field(default_factory=list)
-    """A request's tokens, its new drafts, and the logits of each."""
+    drafted: list[tuple[Prompt, Prompt, list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]] = field(
+        default_factory=list
+    )
+    """A request's tokens, its new drafts, the logits of each, and the tokens that these are for."""
 
     def __enter__(self) -> Recorder:
         pipeline: Any = self.model.pipeline
@@ -96,13 +100,15 @@ class Recorder:
     def _draft(self, *arguments: Any) -> Any:
         self._depth_logits.clear()
         drafted, keep = self._originals[1](*arguments)
-        drafts = drafted.read()
+        drafts, heads = drafted.read(), self._target.heads
+        vocab_size = self._target.arch_config_as(Step3p5Config).model.vocab_size
+        ids = np.arange(vocab_size) if heads is None else heads.vocabulary.ids.copy()
         for place, index in enumerate(arguments[-1]):
             context = self._contexts[index]
             # A prompt still read in chunks drafts nothing that will be verified.
             if context.tokens.processed_length + 1 == len(context.tokens):
                 logits = [depth[place] for depth in self._depth_logits]
-                self.drafted.append((context.tokens.all.tolist(), drafts[:, place].tolist(), logits))
+                self.drafted.append((context.tokens.all.tolist(), drafts[:, place].tolist(), logits, ids))
         return drafted, keep
 
     def check(self, reference: Reference) -> None:
@@ -115,14 +121,14 @@ class Recorder:
                 assert_close(logits, want)
                 clear += 1
         assert clear > len(self.verified) / 4, "hardly a sequence without a near tie"
-        for tokens, drafts, depths in self.drafted:
+        for tokens, drafts, depths, ids in self.drafted:
             reference.router_margin = np.inf
             want_depths = reference.mtp_logits(tokens + drafts[:-1], len(drafts))
             if reference.router_margin > NEAR_TIE:
                 for depth, logits in enumerate(depths):
-                    row = want_depths[depth][len(tokens) - 2]
+                    row = want_depths[depth][len(tokens) - 2][ids]
                     assert_close(logits, row)
-                    assert drafts[depth] == int(row.argmax())
+                    assert drafts[depth] == ids[row.argmax()]
 
 
 class _Recorded:

@@ -37,6 +37,7 @@ from step3p5.plan.source import ModelSource, read_model
 from step3p5.plan.speculation import draft_bytes, expected_speedup, expected_tokens, verify_bytes
 from step3p5.plan.step_time import Part, decode_step, draft_step
 from step3p5.plan.weight_formats import FORMATS, stored_format
+from step3p5.speculation.draft_vocabulary import SIZE_VARIABLE
 
 FLASH = parse_model_config(flash_config())
 FLASH_6 = replace(FLASH, layers=FLASH.layers[:6])
@@ -70,7 +71,8 @@ def test_weights_are_the_bytes_of_the_checkpoint(tiny: Path, mtp_depth: int) -> 
 
 
 @pytest.mark.parametrize(("dtype", "gigabytes"), [("bf16", 398.8), ("fp8", 195 * 1.0737), ("int4", 111.5)])
-def test_weights_are_those_of_the_released_forms(dtype: str, gigabytes: float) -> None:
+def test_weights_are_those_of_the_released_forms(dtype: str, gigabytes: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIZE_VARIABLE, str(FLASH.vocab_size))  # a checkpoint has the whole heads
     # The Int4 file has no MTP layers, the other two have.
     depth = 0 if dtype == "int4" else 3
     counted = device_memory(parallel_plan(FLASH, 1), FORMATS[dtype], 1, 1, depth).weights
@@ -230,14 +232,17 @@ def test_nothing_fits_beside_weights_that_do_not() -> None:
 
 
 @pytest.mark.parametrize(("batch", "speedup"), [(1, 1.06), (8, 1.04), (64, 2.2)])
-def test_speculation_pays_as_its_bytes_say(batch: int, speedup: float) -> None:
+def test_speculation_pays_as_its_bytes_say(batch: int, speedup: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIZE_VARIABLE, str(FLASH.vocab_size))
     # Counted by hand for the first six layers and three drafts that are each accepted with 0.8, from drawn routings.
     forward_cost, draft_cost = (partial(of, FLASH_6, context=1) for of in (verify_bytes, draft_bytes))
     assert expected_speedup(batch, 3, 0.8, forward_cost, draft_cost) == pytest.approx(speedup, rel=0.03)
 
 
-def test_a_draft_reads_1620_megabytes() -> None:
-    assert draft_bytes(FLASH, 1, 1) / 1e9 == pytest.approx(1.62, rel=5e-3)
+@pytest.mark.parametrize(("size", "gigabytes"), [(FLASH.vocab_size, 1.62), (16384, 0.70)])
+def test_what_a_draft_reads(size: int, gigabytes: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIZE_VARIABLE, str(size))
+    assert draft_bytes(FLASH, 1, 1) / 1e9 == pytest.approx(gigabytes, rel=5e-3)
     step = draft_step(parallel_plan(FLASH, 1), BF16, H100, 4, 1001)
     assert step.memory_bytes == pytest.approx(draft_bytes(FLASH, 4, 1000))
 

@@ -20,6 +20,7 @@ from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.model_config import Step3p5Config
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.speculation import model as speculation_model
+from step3p5.speculation.draft_vocabulary import SIZE_VARIABLE
 from step3p5.speculation.policy import DraftPlan, FixedDepth
 
 AGREEMENT = 0.7
@@ -48,6 +49,16 @@ def drafting(predictable: Path) -> Iterator[AutoModel]:
         yield model
 
 
+@pytest.fixture(scope="module")
+def drafting_some(predictable: Path) -> Iterator[AutoModel]:
+    """`predictable`, a quarter of whose tokens can be drafted at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SIZE_VARIABLE, "128")
+        model = load(predictable, DEPTH)
+    with model:
+        yield model
+
+
 @pytest.fixture(params=[False, True], ids=["by the host", "on the device"])
 def handed_on(drafting: AutoModel, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """How drafts and kept rows go from a step to the next: as on a CPU, and as on a GPU."""
@@ -73,6 +84,20 @@ def test_every_depth_drafts_as_the_reference_does(
         generate(drafting, [request(prompt, 12) for prompt in prompts_of(rng, *lengths)], chunk)
     assert {len(logits) for _, logits in recorder.verified} >= {1, DEPTH + 1}
     recorder.check(Reference.from_checkpoint(predictable))
+
+
+def test_a_part_of_the_vocabulary_drafts_its_best_and_changes_nothing(
+    plain: AutoModel, drafting_some: AutoModel, predictable: Path, rng: np.random.Generator
+) -> None:
+    prompts = prompts_of(rng, 1, 200, 40)
+    want = generate(plain, [request(prompt, 60, SAMPLED) for prompt in prompts])
+    assert generate(drafting_some, [request(prompt, 60, SAMPLED) for prompt in prompts]) == want
+    with Recorder(drafting_some) as recorder:
+        generate(drafting_some, [request(prompt, 12) for prompt in prompts])
+    recorder.check(Reference.from_checkpoint(predictable))
+    ids = drafting_some.pipeline._pipeline_model.heads.vocabulary.ids
+    assert len(set(ids.tolist())) == 128
+    assert ids.max() > 128
 
 
 @pytest.mark.usefixtures("handed_on")

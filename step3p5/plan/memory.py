@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from step3p5.checkpoint_tensors import checkpoint_tensors, mtp_tensors
+from step3p5.byte_account import drafting_tensors
+from step3p5.checkpoint_tensors import checkpoint_tensors
 from step3p5.layer_config import AttentionConfig, DenseMLPConfig, LayerConfig, MoEConfig
 from step3p5.parallel_plan import ParallelPlan
 from step3p5.plan.gpus import GPU
 from step3p5.plan.weight_formats import WeightFormat
+from step3p5.speculation.draft_vocabulary import draft_vocabulary_size
 
 UTILIZATION = 0.9
 """Share of the memory that MAX fills: the default of `--device-memory-utilization`. The rest is the runtime's."""
@@ -73,8 +75,7 @@ def device_memory(
     """
     tensors = checkpoint_tensors(plan.model)
     drafting = plan.model.mtp_layers[:mtp_depth]
-    prefixes = tuple(f"model.layers.{layer.index}." for layer in drafting)
-    tensors |= {name: spec for name, spec in mtp_tensors(plan.model).items() if name.startswith(prefixes or ("-",))}
+    tensors |= drafting_tensors(plan.model, mtp_depth, draft_vocabulary_size(plan.model))
     requests = requests_per_device(plan, batch)
     cache: dict[str, float] = {}
     for layer in (*plan.model.layers, *drafting):

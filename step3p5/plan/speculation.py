@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from step3p5 import byte_account
 from step3p5.byte_account import Forward, cache_bytes, forward_bytes
-from step3p5.checkpoint_tensors import CheckpointDtype, mtp_tensors
+from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.layer_config import ModelConfig
+from step3p5.speculation.draft_vocabulary import draft_vocabulary_size
 
 
 def expected_tokens(depth: int, acceptance: float) -> float:
@@ -58,8 +60,6 @@ def draft_bytes(
 ) -> float:
     """Bytes that one device reads in a draft of the first MTP layer, its own head included: a `draft_cost`."""
     layer = model.mtp_layers[0]
-    prefix = f"model.layers.{layer.index}."
-    tensors = {name: spec for name, spec in mtp_tensors(model).items() if name.startswith(prefix)}
-    weights = float(sum(spec.num_bytes(dtype) for spec in tensors.values()))
+    weights = float(byte_account.draft_bytes(model, 1, dtype, draft_vocabulary_size(model)))
     embedded = batch * model.hidden_size * dtype.itemsize
     return weights + embedded + cache_bytes(replace(model, layers=(layer,)), dtype, Forward(batch, 1, context + 1))

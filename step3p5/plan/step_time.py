@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from step3p5.byte_account import EXPERT_ROLES, Forward, attention_flops, cache_bytes, experts_hit
-from step3p5.checkpoint_tensors import CheckpointDtype, TensorRole, TensorSpec, checkpoint_tensors, mtp_tensors
+from step3p5.byte_account import EXPERT_ROLES, Forward, attention_flops, cache_bytes, drafting_tensors, experts_hit
+from step3p5.checkpoint_tensors import CheckpointDtype, TensorRole, TensorSpec, checkpoint_tensors
 from step3p5.layer_config import LayerConfig, MoEConfig
 from step3p5.parallel_plan import ParallelPlan
 from step3p5.plan.gpus import GPU
@@ -20,6 +20,7 @@ from step3p5.plan.links import head_sent_bytes, layer_sent_bytes
 from step3p5.plan.memory import requests_per_device
 from step3p5.plan.routing import busiest_device_experts
 from step3p5.plan.weight_formats import WeightFormat
+from step3p5.speculation.draft_vocabulary import draft_vocabulary_size
 
 
 class Part(StrEnum):
@@ -97,8 +98,7 @@ def decode_step(
 def draft_step(plan: ParallelPlan, weights: WeightFormat, gpu: GPU, batch: int, context: int) -> Step:
     """A step of one MTP layer, its projection and its own head, that drafts one token for each of `batch` requests."""
     layers = plan.model.mtp_layers[:1]
-    prefix = f"model.layers.{layers[0].index}."
-    tensors = {name: spec for name, spec in mtp_tensors(plan.model).items() if name.startswith(prefix)}
+    tensors = drafting_tensors(plan.model, 1, draft_vocabulary_size(plan.model))
     embedding = "model.embed_tokens.weight"
     tensors[embedding] = checkpoint_tensors(plan.model)[embedding]
     return _step(plan, weights, gpu, layers, tensors, batch, context, 1)

@@ -1,6 +1,7 @@
 """Turns a random checkpoint into one whose next token can be predicted, by the target and by its MTP layers alike.
 
-The text tokens (all but control and role tokens) form one ring: after a token comes the one `stride` places on. The
+The first text tokens (those behind the control tokens, `RING_TOKENS` at most: a text has but a part of a large
+vocabulary) form one ring: after a token comes the one `stride` places on. The
 target's head gets, as its row for a token, the embedding of the token before it on the ring. The last token's
 embedding is still the largest part of the final hidden state, random layers or not, so that row wins: the target
 follows the ring. `eh_proj` passes the next token's embedding on unchanged, beside the random image of the hidden
@@ -32,12 +33,15 @@ TARGET_HEAD = "lm_head.weight"
 RING_STRENGTH = 0.5
 """Size of a ring row beside a random one: the ring decides nearly every greedy choice, but does not make it certain."""
 
+RING_TOKENS = 8192
+"""Most tokens of the ring, and of those that a text has."""
+
 _ROWS_AT_A_TIME = 512
 _GOLDEN_RATIO = 0.618
 
 
 class TokenRing:
-    """The text tokens `first … end - 1` in the order in which they follow one another."""
+    """The tokens `first … end - 1` in the order in which they follow one another."""
 
     def __init__(self, first: int, end: int) -> None:
         self.first, self.size = first, end - first

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from step3p5.checkpoint_tensors import CheckpointDtype, TensorSpec, checkpoint_tensors, mtp_tensors
 from step3p5.config_parser import parse_model_config
 from step3p5.random_checkpoint.hub_config import hub_config, hub_generation_config
-from step3p5.random_checkpoint.predictable import TokenRing, make_predictable
+from step3p5.random_checkpoint.predictable import RING_TOKENS, TokenRing, make_predictable
 from step3p5.random_checkpoint.presets import PRESETS
 from step3p5.random_checkpoint.random_values import SLAB_ELEMENTS, quantile_table, random_words, slabs
 from step3p5.random_checkpoint.scales import distribution
@@ -97,7 +97,8 @@ def write_random_checkpoint(
                 for written in _write_shard(shard, folder, seed, executor):
                     progress.update(written)
         if predictable is not None:
-            ring = TokenRing(len(CONTROL_TOKENS), shape.first_role_token_id)
+            first = len(CONTROL_TOKENS)
+            ring = TokenRing(first, min(shape.first_role_token_id, first + RING_TOKENS))
             make_predictable(folder, shards, ring, predictable, seed)
     return CheckpointSummary(
         num_tensors=len(tensors),

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from max import tree
-from max.driver import Buffer
+from max.driver import Buffer, is_virtual_device_mode
 from max.dtype import DType
 from max.engine import InferenceSession, Model
+from max.graph.weights import WeightData
 from max.nn.kv_cache import KVCacheInputs, KVCacheInputsPerDevice, KVCacheParams
 from max.pipelines.context import TextContext
 from max.pipelines.lib.graph_specs import GraphRole, GraphSpec
@@ -24,10 +25,13 @@ from ..checkpoint_tensors import CheckpointDtype
 from ..config_fields import ConfigError
 from ..model import Step3p5Model
 from ..model_config import Step3p5Config
-from ..mtp import MTPDepth, depth_weights, swiglu_limit
+from ..mtp import HEAD_WEIGHT, MTPDepth, PartialHead, SharedHead, depth_weights, swiglu_limit
 from ..precision import activation_dtype
 from ..step3p5 import index_within_cache
 from ..tokenizer import check_token_ids
+from ..weight_adapters import host_buffer
+from .draft_heads import DraftHeads
+from .draft_vocabulary import draft_vocabulary_size
 from .drafted import Drafted, DraftReader
 from .graphs import RowSelection, TokenSelection, VerifyingStep3p5
 from .host_rows import host_dtype, rows_from_host, rows_to_host
@@ -62,6 +66,9 @@ class SpeculativeStep3p5Model(Step3p5Model):
     stays_on_device: bool
     """Whether drafts and kept rows go from one step to the next without passing through the host."""
 
+    heads: DraftHeads | None
+    """The rows of the heads that the depths use; `None` where they use all."""
+
     @property
     def depth(self) -> int:
         """How many tokens can be drafted."""
@@ -82,7 +89,8 @@ class SpeculativeStep3p5Model(Step3p5Model):
         config = self.arch_config_as(Step3p5Config)
         weights = CheckpointDtype(config.dtype.name)
         cache = CheckpointDtype(activation_dtype(config.dtype, config.devices[0]).name)
-        return cycle_bytes(config.model, batch_size, depth, TYPICAL_CONTEXT, weights, cache)
+        size = draft_vocabulary_size(config.model)
+        return cycle_bytes(config.model, batch_size, depth, TYPICAL_CONTEXT, weights, cache, size)
 
     @override
     def load_graphs(self, session: InferenceSession) -> dict[str, Model]:
@@ -95,6 +103,10 @@ class SpeculativeStep3p5Model(Step3p5Model):
         # Each waits for its own last copy alone.
         self._to_verify, self._to_draft, self._drafts = OneCopy(device), OneCopy(device), DraftReader(device)
         self.stays_on_device = not device.is_host
+        self.heads = None
+        if self._whole_heads and not is_virtual_device_mode():
+            whole = [host_buffer(head) for head in self._whole_heads]
+            self.heads = DraftHeads(whole, draft_vocabulary_size(config.model), device)
         asked = self.pipeline_config.speculative.num_speculative_tokens if self.pipeline_config.speculative else 0
         if self.depth < (asked or 0):
             logger.warning(
@@ -110,6 +122,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         """The target's graph, each depth's and the row selection, with their weights."""
         assert isinstance(model_config, Step3p5Config)
         drafting, device = model_config.drafting_layers, model_config.devices[0]
+        self._whole_heads: list[WeightData] = []
         if not drafting:
             return super().graph_specs(model_config)
         record_or_check(self.pipeline_config, model_config)
@@ -130,10 +143,16 @@ class SpeculativeStep3p5Model(Step3p5Model):
                 target, "step3p5_target", tuple(tree.leaves(target.input_tree())), weights=target.state_dict()
             )
         }
+        size, vocab_size = draft_vocabulary_size(model_config.model), model_config.model.vocab_size
         for depth, layer in enumerate(drafting):
             cache = model_config.kv_params.child(layer.attention.kind, KVCacheParams)
-            module = MTPDepth(layer, model_config.model, cache, model_config.dtype, device)
-            module.load_state_dict(depth_weights(self.state_dict, layer), weight_alignment=1, strict=True)
+            weights = depth_weights(self.state_dict, layer)
+            head: SharedHead | PartialHead = SharedHead(model_config.model, model_config.dtype, device)
+            if size < vocab_size:
+                head = PartialHead(size, model_config.model, model_config.dtype, device)
+                self._whole_heads.append(weights.pop(HEAD_WEIGHT))
+            module = MTPDepth(layer, model_config.model, cache, head, model_config.dtype, device)
+            module.load_state_dict(weights, weight_alignment=1, strict=True)
             # One name for all depths: depths of one shape are one graph, compiled once and taken from the cache then.
             specs[depth_role(depth)] = GraphSpec(
                 module, "step3p5_mtp", module.input_types(), weights=module.state_dict()
@@ -234,6 +253,8 @@ class SpeculativeStep3p5Model(Step3p5Model):
             kind: tree.leaves(self._draft_cache(kind, kv_cache_inputs[kind][0], plan, cache_lengths, drafting))
             for kind in kinds
         }
+        if self.heads is not None:
+            self.heads.refresh()
         drafted = []
         for depth, after in enumerate(known):
             layer = config.drafting_layers[depth]
@@ -244,6 +265,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
                 after,
                 row_offsets,
                 *self._depth_scalars[depth],
+                *(self.heads.inputs(depth) if self.heads is not None else ()),
                 *caches[str(layer.attention.kind)],
             )
             drafted.append(chosen)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from max.driver import Buffer
 from max.pipelines.context import TextContext, TextGenerationOutput
 from max.pipelines.context.exceptions import InputError
@@ -82,6 +83,8 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         verified = time.perf_counter()
         if pure and self._planned.num_requests == len(batch):
             self.policy.record_verification(len(batch), self._planned.depth, verified - started)
+        if self._pipeline_model.heads is not None:
+            self._pipeline_model.heads.see(np.array(drawn))
         self._draft(batch, states, first_rows, hidden, kv_cache_inputs, pure)
         self.statistics.record_times(verified - started, time.perf_counter() - verified)
         outputs = {c.request_id: output for c in batch if (output := c.to_generation_output()).tokens}
@@ -96,6 +99,8 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             model = self._pipeline_model
             state = RequestState(context.tokens.processed_length, model.depth, model.rows_to_go_on)
             self._states[context.request_id] = state
+            if model.heads is not None:
+                model.heads.see(context.tokens.all)
         return state
 
     def _drafts_to_verify(self, context: TextContext, state: RequestState) -> Sequence[int]:
