@@ -95,7 +95,8 @@ class EncodingReport:
             f"{self.encoding}: first token {self.start['first_token_seconds']:.1f} s after the start of a new process "
             f"(imports {self.start['import_seconds']:.1f}, load {self.start['load_seconds']:.1f}); llama.cpp loads in "
             f"{self.llama_cpp_load_seconds:.1f} s",
-            f"resident {resident / 2**20:.0f} MiB, {resident / self.weight_bytes:.2f} x the weights; llama.cpp "
+            f"resident {resident / 2**20:.0f} MiB, {resident / self.weight_bytes:.2f} x the weights, at most "
+            f"{self.start['peak_bytes'] / 2**20:.0f} MiB while loading; llama.cpp "
             f"{self.llama_cpp_resident_bytes / 2**20:.0f} MiB",
             f"first tokens that agree: {self.first_tokens_agree}",
             *([f"other processes kept {self.cores_taken:.1f} cores busy"] if self.cores_taken is not None else []),

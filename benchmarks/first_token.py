@@ -2,7 +2,8 @@
 
     python benchmarks/first_token.py MODEL ENCODING
 
-Started by `cpu_peer.py`; seconds count from the start of the process's own code, resident bytes are those at the end.
+Started by `cpu_peer.py`; seconds count from the start of the process's own code. Resident bytes are those with the
+model still loaded, and the most at any time; weights that are mapped from files count once they were read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import logging
 import os
 import sys
 import time
+
+from report import peak_memory_bytes
 
 START = time.perf_counter()
 
@@ -35,8 +38,9 @@ def main() -> None:
             first = time.perf_counter()
             while not batch.done:
                 batch.step()
-    with open("/proc/self/statm") as file:
-        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm") as file:
+            resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        peak = peak_memory_bytes()
     print(
         json.dumps(
             {
@@ -44,6 +48,7 @@ def main() -> None:
                 "load_seconds": loaded - imported,
                 "first_token_seconds": first - START,
                 "resident_bytes": resident,
+                "peak_bytes": peak,
             }
         )
     )

@@ -200,6 +200,18 @@ def draw_speculation_moving(result: Result, figure: Figure) -> None:
     axis.legend(fontsize="x-small")
 
 
+def draw_side_by_side(result: Result, figure: Figure) -> None:
+    """Tokens a second of one process alone and of several at a time, each with its share of the rate alone."""
+    axis = figure.subplots()
+    rates = [result["alone"], *result["together"]]
+    names = ["alone", *(f"process {index} of {len(result['together'])}" for index in range(len(result["together"])))]
+    axis.bar(range(len(rates)), [rate["median"] for rate in rates], 0.5)
+    for place, (rate, share) in enumerate(zip(result["together"], result["shares"], strict=True), start=1):
+        axis.annotate(f"{share['median']:.2f} of alone", (place, rate["median"]), ha="center", va="bottom")
+    axis.set_xticks(range(len(rates)), names)
+    axis.set_ylabel("tokens/s")
+
+
 KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
     "forward": draw_forward,
     "serving": draw_serving,
@@ -209,6 +221,7 @@ KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
     "cpu_peer": draw_cpu_peer,
     "speculation": draw_speculation,
     "speculation_moving": draw_speculation_moving,
+    "side_by_side": draw_side_by_side,
 }
 """What draws a result, by its `benchmark`; one without the field is `moe.py`'s."""
 

@@ -3,15 +3,14 @@
 
 from .assign import Step3p5MoeAssign
 from .attend_gpu import Step3p5Attend
-from .attention_block import Step3p5AttentionBlock
+from .dense_layer import Step3p5DenseLayer
 from .down import Step3p5MoeDown
 from .gate_up import Step3p5MoeGateUp
 from .group import Step3p5MoeGroup
 from .head_gate import Step3p5HeadGate
 from .linear import Step3p5Linear
 from .linear4 import Step3p5Linear4
-from .mlp_block import Step3p5MlpBlock
-from .moe_block import Step3p5MoeBlock
+from .moe_layer import Step3p5MoeLayer
 from .moe_shared import Step3p5MoeDownShared, Step3p5MoeGateUpShared
 from .norm_rows import Step3p5AddNorm, Step3p5Norm
 from .qkv import Step3p5Qkv

@@ -4,10 +4,12 @@ The query heads that share a key head are rows of one block, so that every key a
 """
 
 from std.math import ceildiv, exp, fma
+from std.sys.intrinsics import prefetch
 from std.utils.numerics import neg_inf
 
 from .dot_tile import (
     DotTile,
+    FETCH,
     LANES,
     Lanes,
     TILE_ROWS,
@@ -24,6 +26,9 @@ comptime BLOCK_ROWS = 48
 
 comptime BLOCK_KEYS = 60
 """Keys of a block: whole tiles of the micro-kernel."""
+
+comptime FETCH_FLOATS = 16
+"""Floats of a cache line."""
 
 comptime SCORES = 64
 """Scores of a row: a block's, and room behind them."""
@@ -137,6 +142,12 @@ struct Attend[gated: Bool](ImplicitlyCopyable):
                 keys[j] = self.cache.keys(
                     request, key + min(j, count - 1)
                 ).unsafe_offset(head * head_dim)
+                # A head's keys and values are short pieces far apart, which the hardware does not foresee.
+                for i in range(0, head_dim, FETCH_FLOATS):
+                    prefetch[FETCH](keys[j].unsafe_offset(i))
+                    prefetch[FETCH](
+                        keys[j].unsafe_offset(self.cache.value_offset + i)
+                    )
             self.score(scores.data, keys, first, rows, head, count)
             for r in range(rows):
                 var query = position + r // group
@@ -231,7 +242,12 @@ struct Attend[gated: Bool](ImplicitlyCopyable):
         comptime for i in range(tokens):
             queries[i] = self.query(first, row + i, head)
         var dots = DotTile[tokens]()
-        dots.add[step=LANES](queries, tile, self.head_dim, queries[0])
+        dots.add[step=LANES](
+            queries,
+            tile,
+            self.head_dim,
+            Array[Floats, 0](uninitialized=True),
+        )
         comptime for i in range(tokens):
             # The two lanes of padding are the next tile's, or room behind the block.
             scores.unsafe_offset((row + i) * SCORES + column).unsafe_store(

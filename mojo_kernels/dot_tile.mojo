@@ -59,29 +59,32 @@ struct DotTile[tokens: Int](Movable):
 
     @always_inline
     def add[
-        dtype: DType, step: Int
+        dtype: DType, next_dtype: DType, //, step: Int, streams: Int
     ](
         mut self,
         x: Array[Floats, Self.tokens],
         w: Array[Elements[dtype], TILE_ROWS],
         depth: Int,
-        ahead: Floats,
+        next: Array[Elements[next_dtype], streams],
     ):
         """Adds `depth` products to every accumulator.
 
         Parameters:
             dtype: Type of the weights, cast to float32 on load.
+            next_dtype: Type of what is fetched.
             step: Distance of a weight row's successive vectors: `LANES` in the tensor, `TILE_ROWS * LANES` in a panel.
+            streams: Number of rows to fetch.
 
         Args:
             x: Every token row's first element.
             w: Every weight row's first element.
             depth: Number of elements of each row.
-            ahead: Memory that is needed next: one cache line of it is fetched for every vector of depth.
+            next: Rows that are needed next, as long as these: they are fetched into the second-level cache meanwhile.
         """
         var vectors = depth // LANES
         for c in range(vectors):
-            prefetch[FETCH](ahead.unsafe_offset(c * LANES))
+            comptime for j in range(streams):
+                prefetch[FETCH](next[j].unsafe_offset(c * LANES))
             var xs = Array[Lanes, Self.tokens](fill=0)
             comptime for i in range(Self.tokens):
                 xs[i] = load_row(x[i].unsafe_offset(c * LANES))

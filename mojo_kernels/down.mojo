@@ -7,16 +7,30 @@ from std.math import ceildiv, fma
 from std.sys import size_of
 
 from .crossover import down_gpu
-from .dot_tile import TILE_ROWS, TileSums
+from .dot_tile import LANES, Lanes, TILE_ROWS, TileSums, load_row
+from .expert_pieces import ExpertPieces
 from .grouped import GroupedProduct, Panel, multiply_group
-from .operands import Elements, Floats, Ids, elements, expect_size
+from .operands import Elements, Floats, Ids, Scratch, elements, expect_size
 from .tasks import piece_count, share
 from .team import Team, on_team
 
 
+comptime FEW_ASSIGNMENTS = 256
+"""Up to so many, a thread multiplies with one expert after another and keeps the products; beyond, it owns columns of
+the result and adds at once."""
+
+
 @fieldwise_init
-struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
-    """A tile is six rows of `down`, one a strip: six columns of `y`."""
+struct Down[weight_dtype: DType, adds: Bool](
+    GroupedProduct, ImplicitlyCopyable
+):
+    """A tile is six rows of `down`, one a strip: six columns of `y`.
+
+    Parameters:
+        weight_dtype: Type of the weights.
+        adds: Adds to the tokens' rows of `y`, weighted; otherwise every assignment has a row of `y`, in the order of
+            `rows`.
+    """
 
     comptime dtype = Self.weight_dtype
 
@@ -31,7 +45,6 @@ struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
 
     @always_inline
     def tiles(self) -> Int:
-        """Number of tiles of an expert, the length of a strip."""
         return ceildiv(self.hidden_size, TILE_ROWS)
 
     @always_inline
@@ -51,66 +64,166 @@ struct Down[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
 
     @always_inline
     def store(self, slot: Int, tile: Int, sums: TileSums):
-        var assignment = Int(self.rows[unsafe_offset=slot])
-        var weight = self.weights[unsafe_offset=assignment]
-        var to = self.y.unsafe_offset(
-            assignment // self.top_k * self.hidden_size
-        )
+        var row = slot
+        var weight = Float32(1)
+        comptime if Self.adds:
+            var assignment = Int(self.rows[unsafe_offset=slot])
+            weight = self.weights[unsafe_offset=assignment]
+            row = assignment // self.top_k
+        var to = self.y.unsafe_offset(row * self.hidden_size)
         comptime for j in range(TILE_ROWS):
             var h = tile + j * self.tiles()
             if h < self.hidden_size:
-                to[unsafe_offset=h] = fma(weight, sums[j], to[unsafe_offset=h])
+                comptime if Self.adds:
+                    to[unsafe_offset=h] = fma(
+                        weight, sums[j], to[unsafe_offset=h]
+                    )
+                else:
+                    to[unsafe_offset=h] = sums[j]
 
-    def clear(self, tokens: Int, first: Int, last: Int):
-        """Zeroes the columns of the tiles `first` to `last`."""
-        for t in range(tokens):
-            var to = self.y.unsafe_offset(t * self.hidden_size)
-            for j in range(TILE_ROWS):
-                var strip = j * self.tiles()
-                for h in range(
-                    strip + first, min(strip + last, self.hidden_size)
-                ):
-                    to[unsafe_offset=h] = 0
+    def add_products(
+        self, y: Floats, products: Floats, slots: Int, columns: Tuple[Int, Int]
+    ):
+        """Adds the weighted `products [slots, H]` of the assignments to the tokens' rows of `y`, vectors `columns`.
+        """
+        for slot in range(slots):
+            var assignment = Int(self.rows[unsafe_offset=slot])
+            var weight = self.weights[unsafe_offset=assignment]
+            var product = products.unsafe_offset(slot * self.hidden_size)
+            var to = y.unsafe_offset(
+                assignment // self.top_k * self.hidden_size
+            )
+            for c in range(columns[0], columns[1]):
+                var at = c * LANES
+                if self.hidden_size - at >= LANES:
+                    to.unsafe_offset(at).unsafe_store(
+                        fma(
+                            Lanes(weight),
+                            load_row(product.unsafe_offset(at)),
+                            load_row(to.unsafe_offset(at)),
+                        )
+                    )
+                else:
+                    for h in range(at, self.hidden_size):
+                        to[unsafe_offset=h] = fma(
+                            weight,
+                            product[unsafe_offset=h],
+                            to[unsafe_offset=h],
+                        )
 
-    def pieces(self, offsets: Ids, experts: Int) -> Int:
-        """Number of pieces; at least one."""
-        var hit = 0
-        for e in range(experts):
-            hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
-        comptime size = size_of[Self.weight_dtype]()
-        var bytes = hit * self.hidden_size * self.intermediate_size * size
-        var assignments = Int(offsets[unsafe_offset=experts])
-        return piece_count(self.tiles(), bytes, assignments // max(hit, 1))
+
+@fieldwise_init
+struct ExpertSums[dtype: DType](ImplicitlyCopyable):
+    """`y_t += sum_k weights[t, k] * (down_e act)`, a token's experts in ascending order: the order of a sum depends on
+    nothing else.
+    """
+
+    var product: Down[Self.dtype, adds=True]
+    var products: Floats
+    """Room for `[kept_rows, H]`."""
+    var assignments: Int
+    var experts: Int
+
+    @staticmethod
+    def kept_rows(assignments: Int) -> Int:
+        """Rows that have to be kept, `H` each."""
+        return assignments if assignments <= FEW_ASSIGNMENTS else 0
 
     @always_inline
-    def add_experts(
-        self, panel: Panel, offsets: Ids, experts: Int, tiles: Tuple[Int, Int]
-    ):
-        """Adds the experts in order: the order of a sum depends on nothing else.
+    def phases(self, mut team: Team, panel: Panel, offsets: Ids):
+        """Adds all experts.
+
+        Args:
+            team: The threads.
+            panel: Scratch space of the thread.
+            offsets: First assignment of every expert in `rows`, and the end `[E + 1]`.
         """
-        for e in range(experts):
-            var begin = Int(offsets[unsafe_offset=e])
-            var end = Int(offsets[unsafe_offset=e + 1])
-            multiply_group(self, panel, e, (begin, end), tiles)
+        if self.assignments <= FEW_ASSIGNMENTS:
+            self.expert_after_expert(team, panel, offsets)
+        else:
+            self.by_columns(team, panel, offsets)
+
+    def expert_after_expert(self, mut team: Team, panel: Panel, offsets: Ids):
+        """Long streams of weights; the products are summed when all are there.
+        """
+        ref down = self.product
+        var pieces = ExpertPieces(
+            Down[Self.dtype, adds=False](
+                self.products,
+                down.act,
+                down.down,
+                down.rows,
+                down.weights,
+                down.top_k,
+                down.hidden_size,
+                down.intermediate_size,
+            ),
+            offsets,
+            self.experts,
+        )
+
+        def multiply(index: Int) {imm}:
+            pieces.run(panel, index)
+
+        team.each(pieces.count, multiply)
+
+        var vectors = ceildiv(down.hidden_size, LANES)
+        var bytes = self.assignments * down.hidden_size * 4
+        var parts = piece_count(vectors, bytes, 0)
+
+        def add(index: Int) {imm}:
+            self.product.add_products(
+                self.product.y,
+                self.products,
+                self.assignments,
+                share(vectors, index, parts),
+            )
+
+        team.each(parts, add)
+
+    def by_columns(self, mut team: Team, panel: Panel, offsets: Ids):
+        """Every piece owns columns of `y`."""
+        comptime size = size_of[Self.dtype]()
+        var tiles = self.product.tiles()
+        var hit = 0
+        for e in range(self.experts):
+            hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
+        var bytes = hit * tiles * TILE_ROWS * self.product.depth() * size
+        var pieces = piece_count(tiles, bytes, self.assignments // max(hit, 1))
+
+        def piece(index: Int) {imm}:
+            for e in range(self.experts):
+                var begin = Int(offsets[unsafe_offset=e])
+                var end = Int(offsets[unsafe_offset=e + 1])
+                multiply_group(
+                    self.product,
+                    panel,
+                    e,
+                    (begin, end),
+                    share(tiles, index, pieces),
+                )
+
+        team.each(pieces, piece)
 
 
 def down_cpu[
     dtype: DType
-](product: Down[dtype], offsets: Ids, tokens: Int, experts: Int):
-    """Every piece owns columns of `y`."""
-    var pieces = product.pieces(offsets, experts)
+](product: Down[dtype, adds=True], offsets: Ids, tokens: Int, experts: Int,):
+    """All experts' sums, on a team of its own."""
+    for i in range(tokens * product.hidden_size):
+        product.y[unsafe_offset=i] = 0
+    var assignments = tokens * product.top_k
+    var products = Scratch[DType.float32](
+        ExpertSums[dtype].kept_rows(assignments) * product.hidden_size
+    )
+    var sums = ExpertSums(product, products.data, assignments, experts)
 
     def work(mut team: Team) {imm}:
         var panel = Panel(product.intermediate_size)
-
-        def piece(index: Int) {imm}:
-            var tiles = share(product.tiles(), index, pieces)
-            product.clear(tokens, tiles[0], tiles[1])
-            product.add_experts(panel, offsets, experts, tiles)
-
-        team.each(pieces, piece)
+        sums.phases(team, panel, offsets)
 
     on_team(work)
+    products.keep()
 
 
 @extensibility.register("step3p5_moe_down")
@@ -176,7 +289,7 @@ struct Step3p5MoeDown:
                 y_dtype == DType.float32 and act_dtype == DType.float32
             ), "step3p5_moe_down: activations are float32 on a CPU"
             down_cpu(
-                Down[dtype](
+                Down[dtype, adds=True](
                     rebind[Floats](elements(y.unsafe_ptr())),
                     rebind[Floats](elements(act.unsafe_ptr())),
                     elements(down.unsafe_ptr()),

@@ -4,14 +4,13 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 from max.gpu.host import DeviceContext
 from std.math import ceildiv, exp
-from std.sys import size_of
 from std.utils.numerics import inf
 
 from .crossover import gate_up_gpu
 from .dot_tile import TILE_ROWS, TileSums
-from .grouped import GroupedProduct, Panel, multiply_group
+from .expert_pieces import ExpertPieces
+from .grouped import GroupedProduct, Panel
 from .operands import Elements, Floats, Ids, elements, expect_size
-from .tasks import TOKENS_PER_READ, piece_count, share
 from .team import Team, on_team
 
 comptime GATE_ROWS = TILE_ROWS // 2
@@ -37,7 +36,6 @@ struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
 
     @always_inline
     def tiles(self) -> Int:
-        """Number of tiles of an expert, the length of a strip."""
         return ceildiv(self.intermediate_size, GATE_ROWS)
 
     @always_inline
@@ -75,66 +73,13 @@ struct GateUp[weight_dtype: DType](GroupedProduct, ImplicitlyCopyable):
                 to[unsafe_offset=m] = act[j]
 
 
-@fieldwise_init
-struct GateUpPieces[dtype: DType](ImplicitlyCopyable):
-    """The tiles of all experts that have tokens, cut into pieces of equal cost.
-    """
-
-    var product: GateUp[Self.dtype]
-    var offsets: Ids
-    var experts: Int
-    var cost: Int
-    var count: Int
-
-    def __init__(
-        out self, product: GateUp[Self.dtype], offsets: Ids, experts: Int
-    ):
-        self.product = product
-        self.offsets = offsets
-        self.experts = experts
-        var hit = 0
-        var assignments = Int(offsets[unsafe_offset=experts])
-        for e in range(experts):
-            hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
-        var tiles = product.tiles()
-        self.cost = (assignments + hit * TOKENS_PER_READ) * tiles
-        var bytes = (
-            hit
-            * tiles
-            * TILE_ROWS
-            * product.hidden_size
-            * size_of[Self.dtype]()
-        )
-        self.count = 0
-        if hit > 0:
-            self.count = piece_count(hit * tiles, bytes, assignments // hit)
-
-    @always_inline
-    def run(self, panel: Panel, piece: Int):
-        """Computes one piece."""
-        var tiles = self.product.tiles()
-        var first, last = share(self.cost, piece, self.count)
-        var at = 0
-        for e in range(self.experts):
-            var begin = Int(self.offsets[unsafe_offset=e])
-            var end = Int(self.offsets[unsafe_offset=e + 1])
-            if begin == end:
-                continue
-            var each = end - begin + TOKENS_PER_READ
-            # A tile belongs to the piece in which its first unit of cost lies.
-            var low = min(max(ceildiv(first - at, each), 0), tiles)
-            var high = min(max(ceildiv(last - at, each), 0), tiles)
-            multiply_group(self.product, panel, e, (begin, end), (low, high))
-            at += each * tiles
-
-
 @always_inline
 def gate_up_phase[
     dtype: DType
 ](mut team: Team, product: GateUp[dtype], offsets: Ids, experts: Int):
     """The first half of all experts."""
     var panel = Panel(product.hidden_size)
-    var pieces = GateUpPieces(product, offsets, experts)
+    var pieces = ExpertPieces(product, offsets, experts)
 
     def piece(index: Int) {imm}:
         pieces.run(panel, index)

@@ -35,6 +35,10 @@ trait GroupedProduct:
     comptime dtype: DType
     """Type of the weights."""
 
+    def tiles(self) -> Int:
+        """Number of tiles of an expert, the length of a strip."""
+        ...
+
     def depth(self) -> Int:
         """Length of token rows and weight rows."""
         ...
@@ -110,20 +114,26 @@ struct Panel(Movable):
 
 @always_inline
 def multiply_tile[
-    Product: GroupedProduct, dtype: DType, tokens: Int, step: Int
+    Product: GroupedProduct,
+    dtype: DType,
+    //,
+    tokens: Int,
+    step: Int,
+    streams: Int,
 ](
     product: Product,
     slot: Int,
     tile: Int,
     w: Array[Elements[dtype], TILE_ROWS],
-    ahead: Floats,
+    next: Array[Elements[Product.dtype], streams],
 ):
-    """Multiplies `tokens` slots from `slot` on with one tile of weights."""
+    """Multiplies `tokens` slots from `slot` on with one tile of weights, and fetches the rows `next` meanwhile.
+    """
     var x = Array[Floats, tokens](fill=product.x_row(slot))
     comptime for i in range(1, tokens):
         x[i] = product.x_row(slot + i)
     var dots = DotTile[tokens]()
-    dots.add[step=step](x, w, product.depth(), ahead)
+    dots.add[step=step](x, w, product.depth(), next)
     comptime for i in range(tokens):
         product.store(slot + i, tile, dots.reduced(i))
 
@@ -131,18 +141,34 @@ def multiply_tile[
 def multiply_few[
     Product: GroupedProduct
 ](product: Product, expert: Int, begin: Int, end: Int, tile: Int):
-    """Multiplies slots with one tile of weights where it lies."""
+    """Multiplies slots with one tile of weights where it lies.
+
+    The first slots read it from memory, at the pace of the hardware's own fetching; the next ones find it in the cache
+    and fetch the next tile.
+    """
     var w = product.tile_rows(expert, tile)
+    var none = Array[Elements[Product.dtype], 0](uninitialized=True)
     var slot = begin
-    while end - slot >= TILE_TOKENS:
+    if end - slot >= TILE_TOKENS:
         multiply_tile[tokens=TILE_TOKENS, step=LANES](
-            product, slot, tile, w, product.x_row(slot)
+            product, slot, tile, w, none
         )
         slot += TILE_TOKENS
+        if end - slot >= TILE_TOKENS:
+            var next = product.tile_rows(expert, tile + 1)
+            multiply_tile[tokens=TILE_TOKENS, step=LANES](
+                product, slot, tile, w, next
+            )
+            slot += TILE_TOKENS
+        while end - slot >= TILE_TOKENS:
+            multiply_tile[tokens=TILE_TOKENS, step=LANES](
+                product, slot, tile, w, none
+            )
+            slot += TILE_TOKENS
     comptime for tokens in range(1, TILE_TOKENS):
         if end - slot == tokens:
             multiply_tile[tokens=tokens, step=LANES](
-                product, slot, tile, w, product.x_row(slot)
+                product, slot, tile, w, none
             )
 
 
@@ -160,17 +186,24 @@ def multiply_many[
     """
     panel.pack(product.tile_rows(expert, tile), product.depth())
     var next = product.tile_rows(expert, tile + 1)
+    var none = Array[Elements[Product.dtype], 0](uninitialized=True)
     var w = panel.rows()
     var row = 0
     var slot = begin
     while end - slot >= TILE_TOKENS:
-        var ahead = product.x_row(slot)
         if row < TILE_ROWS:
-            ahead = next[row].unsafe_bitcast[Float32]()
+            multiply_tile[tokens=TILE_TOKENS, step=TILE_ROWS * LANES](
+                product,
+                slot,
+                tile,
+                w,
+                Array[Elements[Product.dtype], 1](fill=next[row]),
+            )
             row += 1
-        multiply_tile[tokens=TILE_TOKENS, step=TILE_ROWS * LANES](
-            product, slot, tile, w, ahead
-        )
+        else:
+            multiply_tile[tokens=TILE_TOKENS, step=TILE_ROWS * LANES](
+                product, slot, tile, w, none
+            )
         slot += TILE_TOKENS
     multiply_few(product, expert, slot, end, tile)
 

@@ -40,7 +40,9 @@ def head_gate_kernel[
     pieces_a_head: Int32,
 ):
     """`y = x * sigmoid(gate of the head)` in pieces of `width` elements."""
-    var first = Int32(block_idx.x) * Int32(THREADS * at_once) + Int32(thread_idx.x)
+    var first = Int32(block_idx.x) * Int32(THREADS * at_once) + Int32(
+        thread_idx.x
+    )
     wait_on_dependent_grids()
     launch_dependent_grids()
     var values = Array[SIMD[dtype, width], at_once](fill=0)

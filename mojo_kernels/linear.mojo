@@ -36,7 +36,6 @@ struct Linear[weight_dtype: DType, adds: Bool = False](
 
     @always_inline
     def tiles(self) -> Int:
-        """Number of tiles, the length of a strip."""
         return ceildiv(self.out_features, TILE_ROWS)
 
     @always_inline

@@ -241,10 +241,7 @@ def qkv_gpu[
             )
 
         comptime GROUPS = WARPS * WARP_SIZE * LANE // HEAD_DIM
-        if (
-            tokens
-            < BLOCKS_A_MULTIPROCESSOR * ctx.default_device_info.sm_count
-        ):
+        if tokens < BLOCKS_A_MULTIPROCESSOR * ctx.default_device_info.sm_count:
             enqueue_whole[1](ceildiv(heads.count(), GROUPS))
         else:
             enqueue_whole[HEADS_AT_ONCE](1)

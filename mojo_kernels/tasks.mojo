@@ -7,7 +7,7 @@ comptime THREADS_VARIABLE = "STEP3P5_CPU_THREADS"
 """Environment variable with the most threads to use: MAX's workers are as many as cores, whatever quota the process has.
 """
 
-comptime PIECES_PER_WORKER = 8
+comptime PIECES_PER_WORKER = 16
 """More pieces than workers even out what other programs take from one of them."""
 
 comptime PIECE_BYTES = 64 * 1024

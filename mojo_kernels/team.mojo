@@ -1,9 +1,9 @@
 """A team of threads that goes through the phases of an op together.
 
 One launch on the worker threads costs about as much as ten phases, so an op that does much launches once. Within a
-phase, threads take piece after piece from a common counter. A thread waits only for pieces that others have begun: the
-team gets through with any number of threads, in any order of their start, and a thread that the system takes away holds
-up no more than its piece.
+phase, every thread has a run of neighbouring pieces, whose weights it reads as one stream, and takes from the others'
+runs when its own is done. A thread waits only for pieces that others have begun: the team gets through with any number
+of threads, in any order of their start, and a thread that the system takes away holds up no more than its piece.
 """
 
 from max.algorithm import sync_parallelize
@@ -13,7 +13,7 @@ from std.memory.alloc import unsafe_alloc
 from std.sys import CompilationTarget
 from std.sys.intrinsics import llvm_intrinsic
 
-from .tasks import worker_count
+from .tasks import share, worker_count
 
 comptime Counters = Pointer[Int64, MutUntrackedOrigin]
 
@@ -39,6 +39,8 @@ struct Team(Copyable):
     """One thread's view of its team."""
 
     var counters: Counters
+    var member: Int
+    var size: Int
     var phase: Int
 
     @always_inline
@@ -47,18 +49,28 @@ struct Team(Copyable):
 
         Every thread of the team calls it with the same number.
         """
-        var next = self.counters.unsafe_offset(self.phase * 2 * COUNTER_STRIDE)
-        var done = next.unsafe_offset(COUNTER_STRIDE)
+        var done = self.counters.unsafe_offset(
+            self.phase * phase_size(self.size)
+        )
         self.phase += 1
         var own = Int64(0)
-        while True:
-            var piece = Atomic[Int64].fetch_add[ordering=Ordering.RELAXED](
-                next, 1
-            )
-            if Int(piece) >= pieces:
-                break
-            body(Int(piece))
-            own += 1
+        for i in range(self.size):
+            var member = (self.member + i) % self.size
+            var first, end = share(pieces, member, self.size)
+            var taken = done.unsafe_offset((1 + member) * COUNTER_STRIDE)
+            # Reading first leaves a counter that is used up in the caches of all.
+            while (
+                first
+                + Int(Atomic[Int64].load[ordering=Ordering.RELAXED](taken))
+                < end
+            ):
+                var piece = first + Int(
+                    Atomic[Int64].fetch_add[ordering=Ordering.RELAXED](taken, 1)
+                )
+                if piece >= end:
+                    break
+                body(piece)
+                own += 1
         if own > 0:
             _ = Atomic[Int64].fetch_add[ordering=Ordering.RELEASE](done, own)
         var spins = 0
@@ -70,16 +82,24 @@ struct Team(Copyable):
                 _ = external_call["sched_yield", Int32]()
 
 
+@always_inline
+def phase_size(team_size: Int) -> Int:
+    """Counters of a phase: of the pieces done, and of those that were taken out of every thread's run.
+    """
+    return (1 + team_size) * COUNTER_STRIDE
+
+
 def on_team[Work: def(mut Team) -> None](work: Work):
     """Runs `work` on the worker threads; it has at most `MAX_PHASES` phases."""
-    comptime size = MAX_PHASES * 2 * COUNTER_STRIDE
-    var counters = unsafe_alloc[Int64](size, alignment=128)
-    for i in range(size):
+    var size = worker_count()
+    var count = MAX_PHASES * phase_size(size)
+    var counters = unsafe_alloc[Int64](count, alignment=128)
+    for i in range(count):
         counters[unsafe_offset=i] = 0
 
-    def run(index: Int) {imm}:
-        var team = Team(counters, 0)
+    def run(member: Int) {imm}:
+        var team = Team(counters, member, size, 0)
         work(team)
 
-    sync_parallelize(run, worker_count())
+    sync_parallelize(run, size)
     counters.unsafe_free()

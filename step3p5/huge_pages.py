@@ -26,11 +26,11 @@ MADV_COLLAPSE = 25
 
 def collapse(buffers: Iterable[Buffer]) -> None:
     """Moves filled host buffers onto large pages; what lies next to one another is taken together."""
-    call = _madvise()
+    call = madvise()
     if call is None:
         return
     declined = 0
-    for first, end in whole_pages(_span(buffer) for buffer in buffers):
+    for first, end in whole_pages(span(buffer) for buffer in buffers):
         if call(first, end - first, MADV_COLLAPSE) != 0:
             declined += end - first
     if declined:
@@ -53,7 +53,7 @@ def whole_pages(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(first * HUGE_PAGE_BYTES, end * HUGE_PAGE_BYTES) for first, end in pages if first < end]
 
 
-def _span(buffer: Buffer) -> tuple[int, int]:
+def span(buffer: Buffer) -> tuple[int, int]:
     """First address, and the end."""
     size = buffer.num_elements * buffer.dtype.size_in_bytes
     first = int(buffer.view(DType.uint8, (size,)).to_numpy().ctypes.data)
@@ -61,7 +61,7 @@ def _span(buffer: Buffer) -> tuple[int, int]:
 
 
 @cache
-def _madvise() -> Any:
+def madvise() -> Any:
     """The system's call; `None` where there is none."""
     if not sys.platform.startswith("linux"):
         return None

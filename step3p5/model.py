@@ -31,6 +31,7 @@ from .parallel_step3p5 import ParallelStep3p5
 from .step3p5 import Step3p5
 from .structured_output import restart_grammars_amid_prompts
 from .tokenizer import check_token_ids
+from .worker_threads import spread_workers
 
 logger = logging.getLogger("max.pipelines")
 
@@ -154,7 +155,10 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
             ArtifactError: If `--precompiled-mefs` names artifacts of other settings.
         """
         limit_threads()
-        return self.load_graphs(session)[GraphRole.DECODER]
+        decoder = self.load_graphs(session)[GraphRole.DECODER]
+        if self.devices[0].is_host:
+            spread_workers()
+        return decoder
 
     @override
     def prepare_initial_token_inputs(

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from . import huge_pages
 from .checkpoint_files import StoredTensor, check_specs, check_tensors, decoder_tensors, layer_tensors, rename
 from .checkpoint_tensors import checkpoint_tensors, mtp_layer_tensors
+from .mapped_files import MappedFiles
 from .model_config import Step3p5Config, device_refs
 from .precision import weight_dtype
 from .pretrained_config import as_step3p5_config
@@ -62,8 +63,10 @@ def convert_safetensor_state_dict(
     casts = [name for name, data in weights.items() if data.dtype != dtypes[name]]
     if casts:
         logger.info("Casting %d of %d tensors to run in %s.", len(casts), len(weights), encoding)
+    files = MappedFiles()
     for name in with_progress(casts, lambda name: _num_bytes(weights[name]), f"Casting to {encoding}"):
-        weights[name] = weights[name].astype(dtypes[name])
+        stored, weights[name] = weights[name], weights[name].astype(dtypes[name])
+        files.release(_buffer(stored))
     if device.is_cpu():
         huge_pages.collapse(host_buffer(weights[name]) for name in casts)
     return {rename(name, GRAPH_PREFIXES): data for name, data in weights.items()}

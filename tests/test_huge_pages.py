@@ -39,6 +39,6 @@ def test_a_system_that_declines_is_no_error(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append((first % PAGE, size % PAGE))
         return -1
 
-    monkeypatch.setattr(huge_pages, "_madvise", lambda: decline)
+    monkeypatch.setattr(huge_pages, "madvise", lambda: decline)
     huge_pages.collapse([Buffer.from_numpy(np.zeros(4 * PAGE, np.uint8))])
     assert asked == [(0, 0)]

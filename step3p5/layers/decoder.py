@@ -11,7 +11,7 @@ from ..checkpoint_tensors import TensorRole
 from ..layer_config import LayerConfig, ModelConfig, MoEConfig
 from ..precision import weight_dtype
 from .attention import Attention
-from .cpu_blocks import attention_block, mlp_block, moe_block
+from .cpu_layers import AttentionHalf, dense_layer, moe_layer
 from .mlp import MLP
 from .moe import MoE
 from .norm import RMSNorm
@@ -69,7 +69,7 @@ class DecoderLayer(Module):
             `[total_seq_len, hidden_size]`.
         """
         if h.device.is_cpu():
-            h = attention_block(
+            half = AttentionHalf(
                 self.input_layernorm,
                 self.self_attn,
                 h,
@@ -79,10 +79,10 @@ class DecoderLayer(Module):
                 input_row_offsets,
             )
             if isinstance(self.config.mlp, MoEConfig):
-                return moe_block(
-                    self.post_attention_layernorm, self.moe, self.share_expert, h, routed_limit, shared_limit
+                return moe_layer(
+                    half, self.post_attention_layernorm, self.moe, self.share_expert, routed_limit, shared_limit
                 )
-            return mlp_block(self.post_attention_layernorm, self.mlp, h, shared_limit)
+            return dense_layer(half, self.post_attention_layernorm, self.mlp, shared_limit)
         attended = self.self_attn(self.input_layernorm(h), cache_layer, kv_collection, rope_table, input_row_offsets)
         h, x = self.post_attention_layernorm.add(h, attended)
         if isinstance(self.config.mlp, MoEConfig):

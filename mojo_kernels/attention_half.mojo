@@ -1,42 +1,58 @@
-"""The first half of a decoder layer as one op on a CPU: norm, projections, QK norm, rotation, cache, attention, residual.
-"""
+"""The first half of a decoder layer on a CPU: norm, projections, QK norm, rotation, cache, attention, residual."""
 
-import extensibility
-from extensibility import InputTensor, OutputTensor
+from extensibility import InputTensor
 from extensibility import _MutableInputTensor as MutableInputTensor
-from max.gpu.host import DeviceContext
 
 from .attend import Attend
 from .grouped import Panel
 from .heads import HeadForm, Heads, PagedCache
 from .linear import Linear, linear_phase
 from .norm import Norm, norm_phase
-from .operands import Floats, Scratch, elements, expect_size
+from .operands import Elements, Floats, Scratch, elements, expect_size
 from .qkv import HeadsPieces
-from .team import Team, on_team
+from .team import Team
 
 
-@extensibility.register("step3p5_attention_block")
-struct Step3p5AttentionBlock:
-    """`y = h + attention(norm(h)) wo^T`, new keys and values into the cache."""
+struct AttentionHalf[dtype: DType, qk_norm: Bool, rotates: Bool, gated: Bool](
+    Movable
+):
+    """`result = h + attention(norm(h)) wo^T`, new keys and values into the cache.
 
-    @staticmethod
-    def execute[
-        dtype: DType,
-        //,
-        target: StaticString,
-        qk_norm: Bool,
-        rotates: Bool,
-        gated: Bool,
-    ](
-        y: OutputTensor[dtype=DType.float32, rank=2, ...],
+    Parameters:
+        dtype: Type of the matrices.
+        qk_norm: Norms every head of the queries and keys; without, `q_norm` and `k_norm` are any vectors.
+        rotates: Rotates queries and keys; without, `table` is any matrix.
+        gated: Multiplies every head by `sigmoid(x wg^T)`; without, `wg` is any matrix.
+    """
+
+    var tokens: Int
+    var residual: Floats
+    var result: Scratch[DType.float32]
+    """`[T, H]`."""
+    var x: Scratch[DType.float32]
+    var q: Scratch[DType.float32]
+    var k: Scratch[DType.float32]
+    var v: Scratch[DType.float32]
+    var gates: Scratch[DType.float32]
+    var norm: Norm
+    var to_q: Linear[Self.dtype]
+    var to_k: Linear[Self.dtype]
+    var to_v: Linear[Self.dtype]
+    var to_gates: Linear[Self.dtype]
+    var heads: HeadsPieces[DType.float32, DType.float32, Self.qk_norm]
+    var attend: Attend[Self.gated]
+    var output: Linear[Self.dtype, adds=True]
+
+    def __init__(
+        out self,
+        op: StaticString,
         h: InputTensor[dtype=DType.float32, rank=2, ...],
         norm_weight: InputTensor[dtype=DType.float32, rank=1, ...],
-        wq: InputTensor[dtype=dtype, rank=2, ...],
-        wk: InputTensor[dtype=dtype, rank=2, ...],
-        wv: InputTensor[dtype=dtype, rank=2, ...],
-        wo: InputTensor[dtype=dtype, rank=2, ...],
-        wg: InputTensor[dtype=dtype, rank=2, ...],
+        wq: InputTensor[dtype=Self.dtype, rank=2, ...],
+        wk: InputTensor[dtype=Self.dtype, rank=2, ...],
+        wv: InputTensor[dtype=Self.dtype, rank=2, ...],
+        wo: InputTensor[dtype=Self.dtype, rank=2, ...],
+        wg: InputTensor[dtype=Self.dtype, rank=2, ...],
         q_norm: InputTensor[dtype=DType.float32, rank=1, ...],
         k_norm: InputTensor[dtype=DType.float32, rank=1, ...],
         table: InputTensor[dtype=DType.float32, rank=2, ...],
@@ -49,19 +65,11 @@ struct Step3p5AttentionBlock:
         eps: Float32,
         norm_offset: Float32,
         window: UInt32,
-        ctx: DeviceContext,
     ) raises:
-        """Runs the layer's half on a CPU; a GPU has an op for each step.
-
-        Parameters:
-            dtype: Type of the matrices.
-            target: Kind of device.
-            qk_norm: Norms every head of the queries and keys; without, `q_norm` and `k_norm` are any vectors.
-            rotates: Rotates queries and keys; without, `table` is any matrix.
-            gated: Multiplies every head by `sigmoid(x wg^T)`; without, `wg` is any matrix.
+        """Takes the operands and room for what lies between them.
 
         Args:
-            y: Result `[T, H]`.
+            op: Name of the op, for errors.
             h: Hidden states `[T, H]`.
             norm_weight: `[H]`.
             wq: Query projection `[heads * D, H]`.
@@ -81,10 +89,7 @@ struct Step3p5AttentionBlock:
             eps: Of the norms.
             norm_offset: Added to the norms' weights.
             window: A query sees so many keys at most, its own the last; 0: all.
-            ctx: The device.
         """
-        comptime op = "step3p5_attention_block"
-        comptime assert target == "cpu", "step3p5_attention_block runs on a CPU"
         var tokens = h.dim_size(0)
         var hidden_size = h.dim_size(1)
         var kv_heads = blocks.dim_size(4)
@@ -104,13 +109,13 @@ struct Step3p5AttentionBlock:
         )
         expect_size(op, "wo[H, heads*D] dim H", wo.dim_size(0), hidden_size)
         expect_size(op, "wo[H, heads*D]", wo.dim_size(1), heads * head_dim)
-        comptime if gated:
+        comptime if Self.gated:
             expect_size(op, "wg[heads, H] dim heads", wg.dim_size(0), heads)
             expect_size(op, "wg[heads, H] dim H", wg.dim_size(1), hidden_size)
-        comptime if qk_norm:
+        comptime if Self.qk_norm:
             expect_size(op, "q_norm[D]", q_norm.dim_size(0), head_dim)
             expect_size(op, "k_norm[D]", k_norm.dim_size(0), head_dim)
-        comptime if rotates:
+        comptime if Self.rotates:
             expect_size(op, "table[T, R] dim T", table.dim_size(0), tokens)
         expect_size(
             op, "row_offsets[batch+1]", row_offsets.dim_size(0), batch + 1
@@ -118,16 +123,13 @@ struct Step3p5AttentionBlock:
         expect_size(
             op, "lookup_table[batch, any]", lookup_table.dim_size(0), batch
         )
-        expect_size(op, "y[T, H] dim T", y.dim_size(0), tokens)
-        expect_size(op, "y[T, H] dim H", y.dim_size(1), hidden_size)
-        if tokens == 0:
-            return
 
         var x = Scratch[DType.float32](tokens * hidden_size)
         var q = Scratch[DType.float32](tokens * heads * head_dim)
         var k = Scratch[DType.float32](tokens * kv_heads * head_dim)
         var v = Scratch[DType.float32](tokens * kv_heads * head_dim)
         var gates = Scratch[DType.float32](tokens * heads)
+        var result = Scratch[DType.float32](tokens * hidden_size)
 
         var layer_size = blocks.dim_size(3) * kv_heads * head_dim
         var value_offset = blocks.dim_size(2) * layer_size
@@ -143,9 +145,30 @@ struct Step3p5AttentionBlock:
             elements(lookup_table.unsafe_ptr()),
             lookup_table.dim_size(1),
         )
-        var pieces_of_heads = HeadsPieces[
-            DType.float32, DType.float32, qk_norm
-        ](
+        self.tokens = tokens
+        self.residual = elements(h.unsafe_ptr())
+        self.norm = Norm(
+            elements(norm_weight.unsafe_ptr()), hidden_size, eps, norm_offset
+        )
+
+        def projection(
+            y: Scratch[DType.float32],
+            w: InputTensor[dtype=Self.dtype, rank=2, ...],
+        ) {imm} -> Linear[Self.dtype]:
+            return Linear[Self.dtype](
+                y.data,
+                y.data,
+                x.data,
+                elements(w.unsafe_ptr()),
+                hidden_size,
+                w.dim_size(0),
+            )
+
+        self.to_q = projection(q, wq)
+        self.to_k = projection(k, wk)
+        self.to_v = projection(v, wv)
+        self.to_gates = projection(gates, wg)
+        self.heads = HeadsPieces[DType.float32, DType.float32, Self.qk_norm](
             Heads(
                 q.data,
                 q.data,
@@ -165,34 +188,11 @@ struct Step3p5AttentionBlock:
                 eps,
                 norm_offset,
                 elements(table.unsafe_ptr()),
-                table.dim_size(1) // 2 if rotates else 0,
+                table.dim_size(1) // 2 if Self.rotates else 0,
             ),
             tokens,
         )
-        var residual = elements(h.unsafe_ptr())
-        var normed = x.data
-        var norm = Norm(
-            elements(norm_weight.unsafe_ptr()), hidden_size, eps, norm_offset
-        )
-
-        @always_inline
-        def projection(
-            to: Floats, w: InputTensor[dtype=dtype, rank=2, ...]
-        ) {imm} -> Linear[dtype]:
-            return Linear[dtype](
-                to,
-                to,
-                normed,
-                elements(w.unsafe_ptr()),
-                hidden_size,
-                w.dim_size(0),
-            )
-
-        var to_q = projection(q.data, wq)
-        var to_k = projection(k.data, wk)
-        var to_v = projection(v.data, wv)
-        var to_gates = projection(gates.data, wg)
-        var attend = Attend[gated](
+        self.attend = Attend[Self.gated](
             q.data,
             q.data,
             gates.data,
@@ -206,56 +206,58 @@ struct Step3p5AttentionBlock:
             Int(window),
             Float32(head_dim) ** Float32(-0.5),
         )
-        var output = Linear[dtype, adds=True](
-            elements(y.unsafe_ptr()),
-            residual,
+        self.output = Linear[Self.dtype, adds=True](
+            result.data,
+            self.residual,
             q.data,
             elements(wo.unsafe_ptr()),
             heads * head_dim,
             hidden_size,
         )
+        self.result = result^
+        self.x = x^
+        self.q = q^
+        self.k = k^
+        self.v = v^
+        self.gates = gates^
 
-        def work(mut team: Team) {imm}:
-            norm_phase(team, norm, normed, residual, tokens)
+    @always_inline
+    def phases(self, mut team: Team):
+        """Computes the half, in five phases."""
+        var tokens = self.tokens
+        norm_phase(team, self.norm, self.x.data, self.residual, tokens)
 
-            var panel = Panel(hidden_size)
-            var q_end = to_q.pieces(tokens)
-            var k_end = q_end + to_k.pieces(tokens)
-            var v_end = k_end + to_v.pieces(tokens)
-            var end = v_end
-            comptime if gated:
-                end += to_gates.pieces(tokens)
+        var panel = Panel(self.norm.width)
+        var q_end = self.to_q.pieces(tokens)
+        var k_end = q_end + self.to_k.pieces(tokens)
+        var v_end = k_end + self.to_v.pieces(tokens)
+        var end = v_end
+        comptime if Self.gated:
+            end += self.to_gates.pieces(tokens)
 
-            def project(piece: Int) {imm}:
-                if piece < q_end:
-                    to_q.run_piece(panel, tokens, piece, q_end)
-                elif piece < k_end:
-                    to_k.run_piece(panel, tokens, piece - q_end, k_end - q_end)
-                elif piece < v_end:
-                    to_v.run_piece(panel, tokens, piece - k_end, v_end - k_end)
-                else:
-                    to_gates.run_piece(
-                        panel, tokens, piece - v_end, end - v_end
-                    )
+        def project(piece: Int) {imm}:
+            if piece < q_end:
+                self.to_q.run_piece(panel, tokens, piece, q_end)
+            elif piece < k_end:
+                self.to_k.run_piece(panel, tokens, piece - q_end, k_end - q_end)
+            elif piece < v_end:
+                self.to_v.run_piece(panel, tokens, piece - k_end, v_end - k_end)
+            else:
+                self.to_gates.run_piece(
+                    panel, tokens, piece - v_end, end - v_end
+                )
 
-            team.each(end, project)
+        team.each(end, project)
 
-            var pieces = pieces_of_heads.count()
+        var pieces = self.heads.count()
 
-            def head_piece(piece: Int) {imm}:
-                pieces_of_heads.run(piece, pieces)
+        def head_piece(piece: Int) {imm}:
+            self.heads.run(piece, pieces)
 
-            team.each(pieces, head_piece)
+        team.each(pieces, head_piece)
 
-            def attend_piece(piece: Int) {imm}:
-                attend.run_piece(piece)
+        def attend_piece(piece: Int) {imm}:
+            self.attend.run_piece(piece)
 
-            team.each(attend.pieces(), attend_piece)
-            linear_phase(team, output, tokens)
-
-        on_team(work)
-        x.keep()
-        q.keep()
-        k.keep()
-        v.keep()
-        gates.keep()
+        team.each(self.attend.pieces(), attend_piece)
+        linear_phase(team, self.output, tokens)
