@@ -66,7 +66,7 @@ def convert_safetensor_state_dict(
     files = MappedFiles()
     for name in with_progress(casts, lambda name: _num_bytes(weights[name]), f"Casting to {encoding}"):
         stored, weights[name] = weights[name], weights[name].astype(dtypes[name])
-        files.release(_buffer(stored))
+        files.release(host_buffer(stored))
     if device.is_cpu():
         huge_pages.collapse(host_buffer(weights[name]) for name in casts)
     return {rename(name, GRAPH_PREFIXES): data for name, data in weights.items()}
