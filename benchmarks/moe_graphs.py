@@ -21,6 +21,9 @@ BF16, F32, I32 = DType.bfloat16, DType.float32, DType.int32
 REPEATS = {16: 64, 512: 16, 8192: 4}
 """Launches of a graph by the number of tokens up to which they are used."""
 
+LAYER_REPEATS = REPEATS[512]
+"""Launches of the whole layer's graph."""
+
 Build = Callable[[int], Graph]
 
 
@@ -87,7 +90,7 @@ def group_graph(repeats: int) -> Graph:
 
 GRAPHS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "experts": (experts_graph, tuple(REPEATS.values())),
-    "layer": (layer_graph, (REPEATS[16],)),
+    "layer": (layer_graph, (LAYER_REPEATS,)),
     "route": (route_graph, (REPEATS[16],)),
     "group": (group_graph, (REPEATS[16],)),
 }

@@ -15,7 +15,7 @@ from bandwidth import usable_cores
 from max.driver import Accelerator, Buffer
 from max.engine import InferenceSession, Model
 from max.engine.api import read
-from moe_graphs import EXPERTS, HIDDEN, REPEATS, SCALE, TOP_K, WIDTH
+from moe_graphs import EXPERTS, HIDDEN, LAYER_REPEATS, REPEATS, SCALE, TOP_K, WIDTH
 from moe_layer import LayerRow, measure_layer
 from report import Environment, format_table, write_json
 
@@ -34,7 +34,7 @@ VLLM_MS = dict(
 not by this program."""
 
 LAYER_TOKENS = 512
-"""Most tokens for which the whole layer is measured: its graph has as many launches as that of the fewest tokens."""
+"""Most tokens for which the whole layer is measured."""
 
 LARGEST_ERROR = 1e-2
 """Of `|y - reference| / |reference|`: the activations are bfloat16, and so may be the products that are summed."""
@@ -380,8 +380,7 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
                     )
                     gc.collect()
             del model
-        launches = next(iter(REPEATS.values()))
-        file = folder / variant / f"layer-{launches}.mef"
+        file = folder / variant / f"layer-{LAYER_REPEATS}.mef"
         if file.exists():
             model = machine.load(file)
             report.layer += [
@@ -391,7 +390,7 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
                     experts.routed,
                     experts.buffers(),
                     model,
-                    launches,
+                    LAYER_REPEATS,
                     size,
                     copy_rate,
                 )

@@ -66,7 +66,7 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
         self, flat_batch: list[TextContext]
     ) -> tuple[FusedSamplingProcessor, npt.NDArray[Any] | None]:
         """What samples for the batch, and the bitmask of what its grammars allow."""
-        if self._sampler_of is not None and _same(self._sampler_of[0], flat_batch):
+        if self._sampler_of is not None and same_requests(self._sampler_of[0], flat_batch):
             _, processor, no_tokens = self._sampler_of
             processor.generated_tokens = no_tokens
             if not all(map(_takes_the_best, flat_batch)):
@@ -80,7 +80,7 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
         return processor, bitmask
 
 
-def _same(before: list[TextContext], now: list[TextContext]) -> bool:
+def same_requests(before: list[TextContext], now: list[TextContext]) -> bool:
     """Whether the batch has the same requests in the same order, none of them bound by a grammar since."""
     return len(before) == len(now) and all(
         a is b and b.json_schema is None and b.grammar is None for a, b in zip(before, now, strict=True)

@@ -1,0 +1,98 @@
+"""What decoding steps of the same requests share, without a GPU: the parts of the pipeline that decide it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from max import tree
+from max.driver import Buffer
+from max.nn.kv_cache import KVCacheInputsPerDevice
+from max.pipelines.modeling.types import BatchType
+
+from step3p5.model import cache_leaves
+from step3p5.pipelines import FutureTokens, OverlapPipeline, same_requests
+
+
+def context(**changes: Any) -> Any:
+    parameters = SimpleNamespace(top_k=1)
+    return SimpleNamespace(**({"json_schema": None, "grammar": None, "sampling_params": parameters} | changes))
+
+
+class OwnTokens:
+    """Stands for MAX's processor; counts its calls."""
+
+    calls = 0
+
+    def realize_future_tokens(self, **_: Any) -> None:
+        self.calls += 1
+
+
+def step(batch: list[Any], batch_type: BatchType = BatchType.TG) -> Any:
+    return SimpleNamespace(flat_batch=batch, batch_type=batch_type)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "own"),
+    [
+        (step([0, 1]), step([0, 1]), 0),
+        (step([0, 1]), step([1, 0]), 1),
+        (step([0, 1]), step([0]), 1),
+        (step([0], BatchType.CE), step([0]), 1),
+        (step([0]), step([0], BatchType.CE), 1),
+    ],
+    ids=["the same", "another order", "one has ended", "after a prompt", "a prompt"],
+)
+def test_drawn_tokens_are_the_next_step_s_where_the_requests_are_the_same(before: Any, now: Any, own: int) -> None:
+    requests = [context(), context()]
+    for inputs in (before, now):
+        inputs.flat_batch = [requests[index] for index in inputs.flat_batch]
+    drawn, model_inputs, other = object(), SimpleNamespace(tokens=None), OwnTokens()
+    FutureTokens(other).realize_future_tokens(
+        SimpleNamespace(inputs=before, generated_tokens_device=drawn), now, model_inputs
+    )
+    assert other.calls == own
+    assert (model_inputs.tokens is drawn) == (own == 0)
+
+
+def test_a_request_that_a_grammar_binds_is_not_the_same() -> None:
+    free, bound = context(), context(grammar="root ::= [0-9]")
+    assert same_requests([free], [free])
+    assert not same_requests([bound], [bound])
+    assert not same_requests([free], [context()])
+
+
+def test_an_unchanged_batch_keeps_its_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def create(self: Any, batch: list[Any]) -> Any:
+        made.append(SimpleNamespace(penalty_inputs=None, min_tokens_masks=None, generated_tokens="none", batch=batch))
+        return made[-1], None
+
+    parent = OverlapPipeline.__mro__[1]
+    monkeypatch.setattr(parent, "_create_sampling_processor", create)
+    pipeline = object.__new__(OverlapPipeline)
+    batch = [context(), context()]
+    first, _ = pipeline._create_sampling_processor(batch)
+    first.generated_tokens = "drawn"
+    again, bitmask = pipeline._create_sampling_processor(list(batch))
+    assert again is first
+    assert again.generated_tokens == "none"
+    assert bitmask is None
+    assert pipeline._create_sampling_processor(batch[::-1])[0] is not first
+    assert len(made) == 2
+
+
+def test_cache_inputs_are_listed_as_max_lists_them() -> None:
+    def buffer(dtype: str = "int64") -> Buffer:
+        return Buffer.from_numpy(np.zeros(1, dtype))
+
+    def cache() -> Any:
+        required = [buffer() for _ in range(6)]
+        return KVCacheInputsPerDevice(*required, attention_dispatch_metadata=buffer())
+
+    inputs = {"sliding": [cache(), cache()], "full": [cache()]}
+    for found, expected in zip(cache_leaves(inputs), tree.leaves(inputs), strict=True):
+        assert found is expected
