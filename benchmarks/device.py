@@ -9,8 +9,7 @@ from typing import Any
 
 from max.driver import Accelerator
 
-from step3p5.layer_config import ModelConfig
-from step3p5.parallel_plan import parallel_plan
+from step3p5.parallel_plan import ParallelPlan
 from step3p5.plan import memory
 from step3p5.plan.weight_formats import FORMATS
 
@@ -84,10 +83,10 @@ def cache_bytes(pipeline: Any) -> int:
     return sum(buffer.num_elements * buffer.dtype.size_in_bytes for buffer in buffers)
 
 
-def planned_bytes(model: ModelConfig, weights: str, requests: int, context: int) -> float:
-    """What the plan counts on one GPU without the caches; `weights` is their type."""
+def planned_bytes(plan: ParallelPlan, weights: str, requests: int, context: int) -> float:
+    """What the plan counts on each GPU without the caches; `weights` is their type."""
     formats = {"bfloat16": "bf16", "float32": "float32"}
-    return memory.device_memory(parallel_plan(model, 1), FORMATS[formats[weights]], requests, context).fixed
+    return memory.device_memory(plan, FORMATS[formats[weights]], requests, context).fixed
 
 
 def device_copy_rate(rounds: int = 20) -> float | None:

@@ -1,7 +1,7 @@
 """Times the forward passes of a checkpoint in MAX, one at a time: prefill by prompt length, decode by batch size.
 
     python benchmarks/forward.py MODEL [--devices cpu] [--batches 1,4,8] [--prefill 64,512] [--rounds 5] [--json FILE]
-                                 [--precompiled-mefs DIR]
+                                 [--precompiled-mefs DIR] [--ep-size N] [--data-parallel-degree N]
 
 A pass is timed from outside, as `GenerateIterator.step()`: batching, graph and sampling. Prompts are random tokens, new
 ones each round; sampling is greedy and end-of-sequence tokens are ignored. All cases run once to warm up, then in turn
@@ -47,6 +47,7 @@ from transformers import AutoConfig
 from step3p5.checkpoint_tensors import CheckpointDtype, checkpoint_tensors
 from step3p5.config_fields import ConfigError
 from step3p5.layer_config import ModelConfig
+from step3p5.parallel_plan import parallel_plan
 from step3p5.pretrained_config import as_step3p5_config
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -114,6 +115,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     add("--steps", metavar="N", type=positive_int, default=8, help="decode steps a round (default: %(default)s)")
     add("--rounds", metavar="N", type=positive_int, default=5, help="(default: %(default)s)")
     add("--precompiled-mefs", metavar="DIR", help="artifacts compiled ahead, for a GPU")
+    add("--ep-size", metavar="N", type=positive_int, default=1, help="as MAX's, with several GPUs")
+    add("--data-parallel-degree", metavar="N", type=positive_int, default=1, help="as MAX's, with several GPUs")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
     options = parser.parse_args(arguments)
     if not Path(options.model).is_dir() and not _HUB_NAME.fullmatch(options.model):
@@ -179,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         custom_architectures=["pipelines_registry"],
         max_batch_size=largest,
         max_length=longest,
+        ep_size=options.ep_size,
+        data_parallel_degree=options.data_parallel_degree,
         **max_settings(options.devices, options.precompiled_mefs),
     ) as model:
         load_seconds, load_memory = time.perf_counter() - start, peak_memory_bytes()
@@ -194,7 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 after_loading=loaded,
                 after_rounds=bytes_in_use(options.devices),
                 caches=cache_bytes(model.pipeline),
-                planned=planned_bytes(config, precision.weights, largest, longest),
+                planned=planned_bytes(
+                    parallel_plan(
+                        config, options.devices.count(",") + 1, options.ep_size, options.data_parallel_degree
+                    ),
+                    precision.weights,
+                    largest,
+                    longest,
+                ),
             )
         device_rate = None if options.devices == "cpu" else device_copy_rate()
     bandwidth = measure_bandwidth() if options.devices == "cpu" else None

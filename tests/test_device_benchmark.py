@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from device import DeviceMemory, as_passes, bytes_in_use, cache_bytes, max_settings, planned_bytes
 
 from step3p5.config_parser import parse_model_config
+from step3p5.parallel_plan import parallel_plan
 
 
 def test_a_cpu_returns_tokens_in_the_step_that_makes_them() -> None:
@@ -53,6 +54,8 @@ def test_caches_are_the_bytes_of_their_buffers() -> None:
 
 def test_what_is_planned_grows_by_the_weights_of_a_layer() -> None:
     flash = parse_model_config(flash_config())
-    less, more = (planned_bytes(replace(flash, layers=flash.layers[:n]), "bfloat16", 8, 1024) for n in (6, 7))
+    less, more = (
+        planned_bytes(parallel_plan(replace(flash, layers=flash.layers[:n]), 1), "bfloat16", 8, 1024) for n in (6, 7)
+    )
     # 288 experts and the shared one, three matrices each; attention; router.
     assert more - less == pytest.approx(2 * (289 * 3 * 4096 * 1280 + 4096 * (2 * 96 + 16) * 128), rel=2e-3)
