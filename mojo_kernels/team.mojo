@@ -23,8 +23,8 @@ comptime COUNTER_STRIDE = 16
 comptime MAX_PHASES = 16
 
 comptime SPINS_BEFORE_YIELD = 1000
-"""Waiting this many pauses, some ten microseconds, is cheaper than a call into the system; beyond, another thread may need
-the core."""
+"""Waiting this many pauses, some ten microseconds, is cheaper than a call into the system; beyond, another thread may
+need the core."""
 
 
 @always_inline
