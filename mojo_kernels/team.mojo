@@ -22,9 +22,9 @@ comptime COUNTER_STRIDE = 16
 
 comptime MAX_PHASES = 16
 
-comptime SPINS_BEFORE_YIELD = 200
-"""Waiting this many pauses, some microseconds, is cheaper than a call into the system; beyond, another thread may need
-the core."""
+comptime SPINS_BEFORE_YIELD = 1000
+"""Waiting this many pauses, some ten microseconds, is cheaper than a call into the system; beyond, another thread may
+need the core."""
 
 
 @always_inline
