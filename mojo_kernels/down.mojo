@@ -82,11 +82,16 @@ struct Down[weight_dtype: DType, adds: Bool](
                     to[unsafe_offset=h] = sums[j]
 
     def add_products(
-        self, y: Floats, products: Floats, slots: Int, columns: Tuple[Int, Int]
+        self,
+        y: Floats,
+        products: Floats,
+        slots: Tuple[Int, Int],
+        columns: Tuple[Int, Int],
     ):
-        """Adds the weighted `products [slots, H]` of the assignments to the tokens' rows of `y`, vectors `columns`.
+        """Adds the weighted `products` of the assignments in `slots`, a row each, to the tokens' rows of `y`, vectors
+        `columns`.
         """
-        for slot in range(slots):
+        for slot in range(slots[0], slots[1]):
             var assignment = Int(self.rows[unsafe_offset=slot])
             var weight = self.weights[unsafe_offset=assignment]
             var product = products.unsafe_offset(slot * self.hidden_size)
@@ -167,15 +172,20 @@ struct ExpertSums[dtype: DType](ImplicitlyCopyable):
 
         team.each(pieces.count, multiply)
 
+        # These experts may be some of many, and not have every assignment.
+        var slots = (
+            Int(offsets[unsafe_offset=0]),
+            Int(offsets[unsafe_offset=self.experts]),
+        )
         var vectors = ceildiv(down.hidden_size, LANES)
-        var bytes = self.assignments * down.hidden_size * 4
+        var bytes = (slots[1] - slots[0]) * down.hidden_size * 4
         var parts = piece_count(vectors, bytes, 0)
 
         def add(index: Int) {imm}:
             self.product.add_products(
                 self.product.y,
                 self.products,
-                self.assignments,
+                slots,
                 share(vectors, index, parts),
             )
 

@@ -27,7 +27,9 @@ struct ExpertPieces[Product: GroupedProduct & ImplicitlyCopyable & Deinitable](
         self.offsets = offsets
         self.experts = experts
         var hit = 0
-        var assignments = Int(offsets[unsafe_offset=experts])
+        var assignments = Int(
+            offsets[unsafe_offset=experts] - offsets[unsafe_offset=0]
+        )
         for e in range(experts):
             hit += Int(offsets[unsafe_offset=e] != offsets[unsafe_offset=e + 1])
         var tiles = product.tiles()

@@ -179,6 +179,19 @@ def test_a_token_has_the_same_bits_in_any_batch(kernels: Ops, dtype: DType, rng:
         assert gated_few.tobytes() == gated[:tokens].tobytes()
 
 
+@pytest.mark.parametrize("tokens", [7, 300])
+def test_some_of_the_experts_take_their_own_assignments_only(
+    kernels: Ops, dtype: DType, tokens: int, rng: np.random.Generator
+) -> None:
+    layer = Layer(rng, dtype, (tokens, 9, 3, 37, 29), 9)
+    x, _, _, _, rows, _, weights = layer.operands()
+    layer.weights = np.where((layer.ids >= 2) & (layer.ids < 6), layer.weights, 0).astype(np.float32)
+    expected = layer.expected()[2]
+    layer.gate, layer.up, layer.down = (v[2:6] for v in (layer.gate, layer.up, layer.down))
+    _, gate, up, down, *_ = layer.operands()
+    assert_close(kernels.run(dtype.name, x, gate, up, down, rows, layer.offsets[2:7].copy(), weights)[2], expected)
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 300])
 def test_nan_stays_in_its_token(kernels: Ops, dtype: DType, tokens: int, rng: np.random.Generator) -> None:
     layer = Layer(rng, dtype, (tokens, 5, 3, 40, 36), 5)
