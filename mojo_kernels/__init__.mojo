@@ -12,7 +12,6 @@ from .linear import Step3p5Linear
 from .linear4 import Step3p5Linear4
 from .moe_layer import Step3p5MoeLayer
 from .moe_shared import Step3p5MoeDownShared, Step3p5MoeGateUpShared
-from .norm_rows import Step3p5AddNorm, Step3p5Norm
 from .qkv import Step3p5Qkv
 from .rope import RopeTable
 from .route import Step3p5MoeRoute

@@ -18,7 +18,7 @@ from .gate_up_gpu import (
     swiglu_stream,
 )
 from .grouped_gpu import down_grouped, gate_up_grouped
-from .linear_gpu import MATRICES, NextMatrix, linear_fits, linear_stream
+from .linear_gpu import MATRICES, linear_fits, linear_stream
 from .operands import Elements, Floats, Ids
 from .plain_gpu import down_plain, gate_up_plain, linear_plain, swiglu_plain
 from .stream_gpu import BFloats
@@ -367,7 +367,6 @@ def linear_gpu[
                 tokens,
                 in_features,
                 StaticTuple[Int, MATRICES](out_features, 0, 0, 0),
-                NextMatrix(matrix, 0, 0),
                 ctx,
             )
     linear_plain(y, x, w, tokens, in_features, out_features, ctx)
@@ -382,9 +381,6 @@ def linear4_gpu[
     tokens: Int,
     in_features: Int,
     out_features: StaticTuple[Int, MATRICES],
-    next: Elements[dtype],
-    next_in_features: Int,
-    next_out_features: Int,
     ctx: DeviceContext,
 ) raises:
     """Dense products of the same tokens: one launch where they are streamed, else one for each matrix.
@@ -405,9 +401,6 @@ def linear4_gpu[
                 tokens,
                 in_features,
                 out_features,
-                NextMatrix(
-                    rebind[BFloats](next), next_in_features, next_out_features
-                ),
                 ctx,
             )
     for i in range(MATRICES):

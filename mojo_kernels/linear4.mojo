@@ -98,7 +98,6 @@ struct Step3p5Linear4:
         w1: InputTensor[dtype=dtype, rank=2, ...],
         w2: InputTensor[dtype=dtype, rank=2, ...],
         w3: InputTensor[dtype=dtype, rank=2, ...],
-        next: InputTensor[dtype=dtype, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
         """Multiplies tokens with four matrices.
@@ -118,7 +117,6 @@ struct Step3p5Linear4:
             w1: Weights `[N_1, K]`.
             w2: Weights `[N_2, K]`.
             w3: Weights `[N_3, K]`.
-            next: Weights that will be read next `[N, K']`; they change no result.
             ctx: The device.
         """
         comptime op = "step3p5_linear4"
@@ -189,8 +187,5 @@ struct Step3p5Linear4:
                     w2.dim_size(0),
                     w3.dim_size(0),
                 ),
-                elements(next.unsafe_ptr()),
-                next.dim_size(1),
-                next.dim_size(0),
                 ctx,
             )

@@ -1,12 +1,6 @@
 """A linear layer for few tokens on an NVIDIA GPU: the weights are read once."""
 
-from max.gpu import (
-    MAX_THREADS_PER_BLOCK_METADATA,
-    block_idx,
-    grid_dim,
-    lane_id,
-    warp_id,
-)
+from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, block_idx, grid_dim, warp_id
 from max.gpu.host import DeviceAttribute, DeviceContext
 from max.gpu.primitives.grid_controls import (
     PDLLevel,
@@ -15,7 +9,6 @@ from max.gpu.primitives.grid_controls import (
     wait_on_dependent_grids,
 )
 from std.math import ceildiv
-from std.sys._assembly import inlined_assembly
 from std.utils import StaticTuple
 
 from .operands import Elements
@@ -42,40 +35,6 @@ comptime BLOCKS = 2
 
 comptime MATRICES = 4
 """Most matrices that one launch multiplies the same tokens with."""
-
-comptime PREFETCH_BYTES = 6 * 1024
-"""Of each row of the next matrix that a block will begin with: 25 MB in all, half of a Hopper's second-level cache."""
-
-
-@fieldwise_init
-struct NextMatrix(ImplicitlyCopyable):
-    """What the next linear layer will read: its beginning comes to the second-level cache while kernels run that leave
-    the memory idle, the attention's.
-    """
-
-    var w: BFloats
-    var in_features: Int
-    var out_features: Int
-    """0 where there is none."""
-
-
-@always_inline
-def prefetch_next(next: NextMatrix):
-    """One warp of each block asks for the first columns of the rows that the block will begin with.
-    """
-    var units = next.out_features // TILE_ROWS
-    var first, last = share(units, Int(block_idx.x), Int(grid_dim.x))
-    var row = first * TILE_ROWS + Int(lane_id())
-    if first == last or Int(lane_id()) >= TILE_ROWS:
-        return
-    inlined_assembly[
-        "cp.async.bulk.prefetch.L2.global [$0], $1;",
-        NoneType,
-        constraints="l,r,~{memory}",
-    ](
-        next.w.unsafe_offset(row * next.in_features),
-        Int32(min(next.in_features * 2, PREFETCH_BYTES)),
-    )
 
 
 @fieldwise_init
@@ -143,7 +102,7 @@ struct LinearWeights[dtype: DType](ImplicitlyCopyable):
 )
 @__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
 def linear_stream_gpu[
-    dtype: DType, tiles: Int, prefetches: Bool
+    dtype: DType, tiles: Int
 ](
     y0: Elements[dtype],
     y1: Elements[dtype],
@@ -160,9 +119,6 @@ def linear_stream_gpu[
     out_features1: Int32,
     out_features2: Int32,
     out_features3: Int32,
-    next: BFloats,
-    next_in_features: Int32,
-    next_out_features: Int32,
 ):
     """`y_i = x w_i^T`; a block takes a share of the units, which lie behind one another.
     """
@@ -215,11 +171,6 @@ def linear_stream_gpu[
                         to[unsafe_offset=8] = sums[2 + j].cast[dtype]()
             token += size
         rows = following
-    comptime if prefetches:
-        if warp_id() == 0:
-            prefetch_next(
-                NextMatrix(next, Int(next_in_features), Int(next_out_features))
-            )
 
 
 def linear_fits(in_features: Int, out_features: Int) -> Bool:
@@ -236,7 +187,6 @@ def linear_stream[
     tokens: Int,
     in_features: Int,
     out_features: StaticTuple[Int, MATRICES],
-    next: NextMatrix,
     ctx: DeviceContext,
 ) raises:
     """Enqueues `linear_stream_gpu` on all multiprocessors."""
@@ -245,9 +195,7 @@ def linear_stream[
         units += out_features[i] // TILE_ROWS
 
     def enqueue[tiles: Int]() raises {imm}:
-        # The instruction came with Hopper.
-        comptime prefetches = ctx.default_device_info.compute >= 9.0
-        comptime kernel = linear_stream_gpu[dtype, tiles, prefetches]
+        comptime kernel = linear_stream_gpu[dtype, tiles]
         var blocks = BLOCKS * ctx.get_attribute(
             DeviceAttribute.MULTIPROCESSOR_COUNT
         )
@@ -267,9 +215,6 @@ def linear_stream[
             Int32(out_features[1]),
             Int32(out_features[2]),
             Int32(out_features[3]),
-            next.w,
-            Int32(next.in_features),
-            Int32(next.out_features),
             grid_dim=min(blocks, units),
             block_dim=WARPS * LANES,
             attributes=pdl_launch_attributes(PDLLevel.ON),

@@ -228,17 +228,13 @@ def linear(x: TensorValue, w: TensorValue, *, dtype: DType | None = None) -> Ten
 
 
 def linear4(
-    x: TensorValue, w0: TensorValue, w1: TensorValue, w2: TensorValue, w3: TensorValue, *, following: TensorValue
+    x: TensorValue, w0: TensorValue, w1: TensorValue, w2: TensorValue, w3: TensorValue
 ) -> tuple[TensorValue, TensorValue, TensorValue, TensorValue]:
-    """`linear` with four matrices `[N_i, K]` and the type of `x`, in one launch where launches count.
-
-    `following` are the weights `[N, K']` of the linear layer behind what is computed from these products: a GPU begins
-    to fetch them.
-    """
+    """`linear` with four matrices `[N_i, K]` and the type of `x`, in one launch where launches count."""
     y0, y1, y2, y3 = custom_op(
         "step3p5_linear4",
         x.device,
-        [x, w0, w1, w2, w3, following],
+        [x, w0, w1, w2, w3],
         [TensorType(x.dtype, (x.shape[0], w.shape[0]), x.device) for w in (w0, w1, w2, w3)],
     )
     return y0, y1, y2, y3
@@ -252,35 +248,6 @@ def swiglu(x: TensorValue, gate: TensorValue, up: TensorValue, limit: TensorValu
         [x, gate, up, limit],
         [TensorType(x.dtype, (x.shape[0], gate.shape[0]), x.device)],
     )[0]
-
-
-def norm(x: TensorValue, weight: TensorValue, *, eps: float, offset: float) -> TensorValue:
-    """`x * rsqrt(mean(x²) + eps) * (offset + weight)` of each row, in float32; on a GPU only.
-
-    Args:
-        x: Rows `[T, H]`.
-        weight: `[H]`.
-        eps: Added to the mean square.
-        offset: 1 where weights are zero-centred, else 0.
-
-    Returns:
-        `[T, H]` of the type of `x`.
-    """
-    operands = [x, weight, _scalar(eps), _scalar(offset)]
-    return custom_op("step3p5_norm", x.device, operands, [TensorType(x.dtype, x.shape, x.device)])[0]
-
-
-def add_norm(
-    x: TensorValue, delta: TensorValue, weight: TensorValue, *, eps: float, offset: float
-) -> tuple[TensorValue, TensorValue]:
-    """`x + delta`, rounded to the type of `x`, and the `norm` of that; `delta [T, H]`; on a GPU only."""
-    total, normed = custom_op(
-        "step3p5_add_norm",
-        x.device,
-        [x, delta, weight, _scalar(eps), _scalar(offset)],
-        2 * [TensorType(x.dtype, x.shape, x.device)],
-    )
-    return total, normed
 
 
 def qkv(

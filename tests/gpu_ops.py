@@ -60,9 +60,7 @@ def experts(
     y = kernels.down(act, down, rows, offsets, weights)
     gated = kernels.swiglu(x, gate[0], up[0], limit)
     assigned = kernels.assign(logits, bias, top_k=TOP_K, normalize=True, scale=3.0)
-    quartet = kernels.linear4(gated, down[0], down[1], down[2], down[3], following=down[4])
-    row = gate[0, 0]
-    normed = [kernels.norm(x, row, eps=1e-5, offset=1.0), *kernels.add_norm(x, x, row, eps=1e-5, offset=1.0)]
+    quartet = kernels.linear4(gated, down[0], down[1], down[2], down[3])
     both = kernels.gate_up_shared(x, gate, up, gate[0], up[0], rows, offsets, limit, limit)
     shared = kernels.down_shared(both[0], down, both[1], down[0], rows, offsets, weights)
     return [
@@ -77,7 +75,6 @@ def experts(
         *assigned,
         *quartet,
         shared,
-        *normed,
     ]
 
 

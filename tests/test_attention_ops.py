@@ -82,7 +82,7 @@ class Ops:
             heads = [
                 qkv_graph(values[5 + i * size : 5 + (i + 1) * size], *case) for i, case in enumerate(QKV_CASES.values())
             ]
-            graph.output(*kernels.linear4(x, w0, w1, w2, w3, following=w0), *heads)
+            graph.output(*kernels.linear4(x, w0, w1, w2, w3), *heads)
         self.model = InferenceSession(devices=[CPU()]).load(graph)
 
     def run(self, part: str, *operands: Array | Buffer) -> list[Array]:

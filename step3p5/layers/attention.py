@@ -76,12 +76,7 @@ class Attention(Module):
         gate = None
         if config.head_wise_gate:
             q, k, v, gate = kernels.linear4(
-                x,
-                self.q_proj.weight,
-                self.k_proj.weight,
-                self.v_proj.weight,
-                self.g_proj.weight,
-                following=self.o_proj.weight,
+                x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.g_proj.weight
             )
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from max.dtype import DType
-from max.graph import TensorValue, ops
 from max.nn.norm import RMSNorm as _RMSNorm
 
-from .. import kernels
 from ..layer_config import ModelConfig
 
 
@@ -27,16 +25,3 @@ class RMSNorm(_RMSNorm):
             weight_offset=1.0 if model.zero_centered_norm else 0.0,
             multiply_before_cast=True,
         )
-
-    def __call__(self, x: TensorValue) -> TensorValue:
-        """The norm of `x`."""
-        if x.device.is_cpu() or x.rank != 2:
-            return super().__call__(x)
-        return kernels.norm(x, self.weight.to(x.device), eps=self.eps, offset=self.weight_offset)
-
-    def add(self, x: TensorValue, delta: TensorValue) -> tuple[TensorValue, TensorValue]:
-        """`x + delta` in the type of `x`, and its norm."""
-        if x.device.is_cpu() or x.rank != 2:
-            total = ops.cast(x + delta, x.dtype)
-            return total, super().__call__(total)
-        return kernels.add_norm(x, delta, self.weight.to(x.device), eps=self.eps, offset=self.weight_offset)
