@@ -78,9 +78,13 @@ def bytes_in_use(devices: str) -> int:
 
 
 def cache_bytes(pipeline: Any) -> int:
-    """Bytes of the KV caches that a loaded pipeline has taken."""
+    """Bytes of the KV caches that a loaded pipeline has taken; caches of several kinds share one pool of pages."""
     buffers = pipeline.kv_manager.get_device_buffer(0).all_buffers
-    return sum(buffer.num_elements * buffer.dtype.size_in_bytes for buffer in buffers)
+    pools: dict[int, int] = {}
+    for buffer in buffers:
+        num_bytes = buffer.num_elements * buffer.dtype.size_in_bytes
+        pools[buffer._data_ptr()] = max(pools.get(buffer._data_ptr(), 0), num_bytes)
+    return sum(pools.values())
 
 
 def planned_bytes(plan: ParallelPlan, weights: str, requests: int, context: int) -> float:

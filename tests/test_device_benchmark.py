@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flash_config import flash_config
 from max.driver import Buffer
+from max.dtype import DType
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -46,9 +47,10 @@ def test_the_caches_are_taken_off_what_the_process_has() -> None:
     assert bytes_in_use("cpu") == 0
 
 
-def test_caches_are_the_bytes_of_their_buffers() -> None:
+def test_caches_are_the_bytes_of_their_pools() -> None:
     buffers = [Buffer.from_numpy(np.zeros((3, 5), dtype)) for dtype in (np.float32, np.uint8)]
-    manager = SimpleNamespace(get_device_buffer=lambda replica: SimpleNamespace(all_buffers=buffers))
+    views = [buffers[0].view(DType.float32, (5, 3)), *buffers]
+    manager = SimpleNamespace(get_device_buffer=lambda replica: SimpleNamespace(all_buffers=views))
     assert cache_bytes(SimpleNamespace(kv_manager=manager)) == 3 * 5 * 4 + 3 * 5
 
 
