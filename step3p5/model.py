@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -46,7 +47,7 @@ def cache_leaves(node: Any) -> list[Buffer]:
     if isinstance(node, KVCacheInputsPerDevice):
         children: Iterable[Any] = (getattr(node, name) for name in _CACHE_FIELDS)
     elif isinstance(node, dict):
-        children = (node[key] for key in sorted(node))
+        children = (node[key] for key in (node if isinstance(node, OrderedDict) else sorted(node)))
     elif isinstance(node, list | tuple):
         children = node
     else:

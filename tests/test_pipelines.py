@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_an_unchanged_batch_keeps_its_sampling_parameters(monkeypatch: pytest.Mo
     assert len(made) == 2
 
 
-def test_cache_inputs_are_listed_as_max_lists_them() -> None:
+@pytest.mark.parametrize("kinds", [dict, OrderedDict])
+def test_cache_inputs_are_listed_as_max_lists_them(kinds: type[dict[str, Any]]) -> None:
     def buffer(dtype: str = "int64") -> Buffer:
         return Buffer.from_numpy(np.zeros(1, dtype))
 
@@ -93,6 +95,7 @@ def test_cache_inputs_are_listed_as_max_lists_them() -> None:
         required = [buffer() for _ in range(6)]
         return KVCacheInputsPerDevice(*required, attention_dispatch_metadata=buffer())
 
-    inputs = {"sliding": [cache(), cache()], "full": [cache()]}
+    # A plain dict is listed by its keys, an ordered one as it was made.
+    inputs = kinds([("sliding", [cache(), cache()]), ("full", [cache()])])
     for found, expected in zip(cache_leaves(inputs), tree.leaves(inputs), strict=True):
         assert found is expected
