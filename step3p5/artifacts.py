@@ -16,7 +16,7 @@ from typing import Any
 
 from max.pipelines.lib import PipelineConfig
 
-from .custom_ops import use_kernels
+from .custom_ops import compiled_kernels, use_kernels
 from .kernel_package import compiled_package, kernels_path, sources_digest
 from .model_config import Step3p5Config
 from .speculation.draft_vocabulary import SIZE_VARIABLE, draft_vocabulary_size
@@ -65,7 +65,8 @@ def record_or_check(pipeline_config: PipelineConfig, config: Step3p5Config) -> N
         folder = Path(runtime.export_mefs)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD_NAME).write_text(json.dumps(settings, indent=2) + "\n")
-        shutil.copy(compiled_package(kernels_path()), folder)
+        for package in compiled_kernels():
+            shutil.copy(package, folder)
     if runtime.precompiled_mefs is not None:
         check(Path(runtime.precompiled_mefs), settings)
         use_kernels(compiled_package(kernels_path(), Path(runtime.precompiled_mefs)))

@@ -64,11 +64,10 @@ def compiled_package(folder: Path, *places: Path) -> Path:
     Raises:
         subprocess.CalledProcessError: The sources do not compile; the compiler's words are in `stderr`.
     """
-    name = package_name(folder)
-    for place in (*places, cache_folder()):
+    name, target = package_name(folder), cache_folder()
+    for place in (*places, target):
         if (place / name).is_file():
             return place / name
-    target = cache_folder()
     try:
         target.mkdir(parents=True, exist_ok=True)
         build(folder, target / name)

@@ -6,6 +6,8 @@ anew what has not changed where the same requests go on decoding.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -36,11 +38,10 @@ class FutureTokens:
             draft_tokens_np is None
             and inputs.batch_type is BatchType.TG
             and prev_batch.inputs.batch_type is BatchType.TG
+            and _in_same_order(prev_batch.inputs.flat_batch, inputs.flat_batch)
         ):
-            batch = inputs.flat_batch
-            if [id(context) for context in prev_batch.inputs.flat_batch] == [id(context) for context in batch]:
-                model_inputs.tokens = prev_batch.generated_tokens_device
-                return None
+            model_inputs.tokens = prev_batch.generated_tokens_device
+            return None
         return self._own.realize_future_tokens(
             prev_batch=prev_batch, inputs=inputs, model_inputs=model_inputs, draft_tokens_np=draft_tokens_np
         )
@@ -80,11 +81,15 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
         return processor, bitmask
 
 
-def same_requests(before: list[TextContext], now: list[TextContext]) -> bool:
+def same_requests(before: Sequence[TextContext], now: Sequence[TextContext]) -> bool:
     """Whether the batch has the same requests in the same order, none of them bound by a grammar since."""
-    return len(before) == len(now) and all(
-        a is b and b.json_schema is None and b.grammar is None for a, b in zip(before, now, strict=True)
+    return _in_same_order(before, now) and all(
+        context.json_schema is None and context.grammar is None for context in now
     )
+
+
+def _in_same_order(before: Sequence[TextContext], now: Sequence[TextContext]) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
 def _takes_the_best(context: TextContext) -> bool:
