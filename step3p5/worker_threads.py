@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .cpu_quota import THREADS_VARIABLE
@@ -23,7 +25,8 @@ def spread_workers(tasks: Path = Path("/proc/self/task")) -> None:
     """Binds every worker to a core of its own, if they are as many as the process's cores.
 
     With fewer threads than cores (`STEP3P5_CPU_THREADS`, or a quota) they stay free: several such processes may share
-    the cores, and would all choose the same. Where Linux's files are missing, nothing happens.
+    the cores, and would all choose the same. Where Linux's files are missing, nothing happens. A process that builds one
+    model after another has the pool of the one before still ending: its workers bear the same names.
 
     Args:
         tasks: The folder of the process's threads, see proc(5).
@@ -38,14 +41,17 @@ def spread_workers(tasks: Path = Path("/proc/self/task")) -> None:
         logger.debug("%d worker threads on %d cores stay where the system puts them.", len(workers), len(cores))
         return
     for index, core in enumerate(cores):
-        os.sched_setaffinity(workers[index], {core})
+        for worker in workers[index]:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(worker, {core})
 
 
-def _workers(tasks: Path) -> Mapping[int, int]:
-    """The system's id of every worker."""
-    found = {}
+def _workers(tasks: Path) -> Mapping[int, Sequence[int]]:
+    """The system's ids of every worker, by its number."""
+    found = defaultdict[int, list[int]](list)
     for name in tasks.glob("*/comm"):
-        match = _WORKER.search(name.read_text().strip())
-        if match is not None:
-            found[int(match[1])] = int(name.parent.name)
+        with suppress(FileNotFoundError, ProcessLookupError):
+            match = _WORKER.search(name.read_text().strip())
+            if match is not None:
+                found[int(match[1])].append(int(name.parent.name))
     return found

@@ -54,3 +54,16 @@ def test_otherwise_the_system_places_them(
         monkeypatch.setenv(THREADS_VARIABLE, "0")
     spread_workers(tmp_path)
     assert [os.sched_getaffinity(worker) for worker in workers] == [cores] * len(workers)
+
+
+@needs_affinity
+def test_workers_that_have_ended_hold_nothing_up(workers: list[int], tmp_path: Path) -> None:
+    ended = threading.Thread(target=lambda: None)
+    ended.start()
+    ended.join()
+    (tmp_path / str(ended.native_id)).mkdir()
+    (tmp_path / str(ended.native_id) / "comm").write_text("Thread0\n")
+    (tmp_path / "2").mkdir()  # as a thread's folder is when it ends while the list is read: without its files
+    (tmp_path / "2" / "comm").symlink_to(tmp_path / "gone")
+    spread_workers(tmp_path)
+    assert [os.sched_getaffinity(worker) for worker in workers] == [{core} for core in sorted(os.sched_getaffinity(0))]
