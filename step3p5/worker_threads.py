@@ -25,8 +25,8 @@ def spread_workers(tasks: Path = Path("/proc/self/task")) -> None:
     """Binds every worker to a core of its own, if they are as many as the process's cores.
 
     With fewer threads than cores (`STEP3P5_CPU_THREADS`, or a quota) they stay free: several such processes may share
-    the cores, and would all choose the same. Where Linux's files are missing, nothing happens. A process that builds one
-    model after another has the pool of the one before still ending: its workers bear the same names.
+    the cores, and would all choose the same. Where Linux's files are missing, nothing happens. In a process that builds
+    one model after another the pool of the one before may still be ending: its workers bear the same names.
 
     Args:
         tasks: The folder of the process's threads, see proc(5).
