@@ -21,9 +21,9 @@ from max.serve.schemas.openai import CreateChatCompletionResponse, CreateComplet
 from sse_starlette.sse import EventSourceResponse
 from typing_extensions import override
 
-from .hang_ups import cancelled_for_sure
+from .hang_ups import cancelled_for_sure, ended_with_connection
 from .request_checks import MAX_SEED, Endpoint, RequestError, check_request, with_field
-from .several_choices import gather_answers, streamed
+from .several_choices import gather_answers
 from .stop_strings import before_stop, ended_at_stop, without_stops
 from .thoughts import SAID, Said, keep_thought, taken_down
 from .tokenizer import Step3p5Tokenizer
@@ -119,9 +119,10 @@ async def _ask(handler: Callable[[Request], Awaitable[Any]], request: Request, s
     elif stops and isinstance(answer, CreateChatCompletionResponse):
         for message in (choice.message for choice in answer.choices):
             message.content = message.content and before_stop(message.content, stops)
-    elif stops and isinstance(answer, EventSourceResponse):
-        assert isinstance(answer.body_iterator, AsyncGenerator)
-        return streamed(answer, without_stops(answer.body_iterator, stops))
+    elif isinstance(answer, EventSourceResponse):
+        events = answer.body_iterator
+        assert isinstance(events, AsyncGenerator)
+        return ended_with_connection(answer, *([without_stops(events, stops)] if stops else []), events)
     return answer
 
 

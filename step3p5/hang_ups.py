@@ -1,18 +1,23 @@
-"""Ends the requests of clients that hang up before their first token.
+"""Ends the requests of clients that hang up.
 
 MAX's model worker reads cancellations after each step and forgets those of requests that it has not read yet: such a
 request then runs to its last token for nobody. So a cancellation without a first token is sent again for a while.
+
+A stream that has begun is left to the garbage collector, for tracebacks that hold one another hold it too: minutes
+later, on a server that is not busy. So what a response streams is closed with its connection.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 
 from max.pipelines.modeling.types import RequestID
 from max.serve.pipelines.llm import TokenGeneratorOutput
+from sse_starlette.sse import EventSourceResponse
+from starlette.background import BackgroundTask
 
 from .stop_strings import Chunks
 
@@ -41,6 +46,19 @@ def cancelled_for_sure(
         return _watched(chunks, cancel, request.request_id)
 
     return next_token_chunk
+
+
+def ended_with_connection(answer: EventSourceResponse, *streams: AsyncGenerator[Any]) -> EventSourceResponse:
+    """`answer` with the payloads of the first of `streams`, all of which are closed when its connection ends."""
+    answer.body_iterator = streams[0]
+    answer.background = BackgroundTask(close_all, streams)
+    return answer
+
+
+async def close_all(streams: Iterable[AsyncGenerator[Any]]) -> None:
+    """Ends async generators, begun or not, one after the other."""
+    for stream in streams:
+        await stream.aclose()
 
 
 async def _watched(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from max.serve.schemas.openai import CreateChatCompletionResponse, CreateCompletionResponse
 from sse_starlette.sse import EventSourceResponse
-from starlette.background import BackgroundTask
+
+from .hang_ups import close_all, ended_with_connection
 
 DONE = "[DONE]"
 
@@ -31,22 +32,22 @@ async def gather_answers(asking: Sequence[Coroutine[Any, Any, Any]]) -> Any:
     tasks = [asyncio.ensure_future(one) for one in asking]
     try:
         answers = await asyncio.gather(*tasks)
-    finally:
+    except BaseException:
         for task in tasks:
             task.cancel()
-    first = answers[0]
-    if all(isinstance(answer, EventSourceResponse) for answer in answers):
-        return streamed(first, merged_events([answer.body_iterator for answer in answers]))
+        await close_all(_streams(await asyncio.gather(*tasks, return_exceptions=True)))
+        raise
+    streams = _streams(answers)
+    if len(streams) == len(answers):
+        return ended_with_connection(answers[0], merged_events(streams), *streams)
     if all(isinstance(answer, CreateCompletionResponse | CreateChatCompletionResponse) for answer in answers):
         return _merged_answer(answers)
+    await close_all(streams)
     return next(answer for answer in answers if not isinstance(answer, EventSourceResponse))
 
 
-def streamed(answer: EventSourceResponse, events: AsyncGenerator[Any]) -> EventSourceResponse:
-    """`answer` with other payloads, which end with the connection rather than when they are collected as garbage."""
-    answer.body_iterator = events
-    answer.background = BackgroundTask(events.aclose)
-    return answer
+def _streams(answers: Iterable[Any]) -> list[Any]:
+    return [answer.body_iterator for answer in answers if isinstance(answer, EventSourceResponse)]
 
 
 async def merged_events(streams: Sequence[AsyncGenerator[Any]]) -> AsyncGenerator[Any]:

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
+from sse_starlette.sse import EventSourceResponse
 
 from step3p5.several_choices import gather_answers, merged_events, summed_usage
 
@@ -89,6 +90,33 @@ def test_the_first_failure_ends_the_other_requests() -> None:
     with pytest.raises(ValueError, match="refused"):
         asyncio.run(run())
     assert ended == [True]
+
+
+def test_a_failure_ends_the_streams_that_have_begun() -> None:
+    ended = []
+
+    async def endless() -> AsyncGenerator[str]:
+        try:
+            while True:
+                yield event("a")
+        finally:
+            ended.append(True)
+
+    async def streams() -> EventSourceResponse:
+        events = endless()
+        await anext(events)
+        return EventSourceResponse(events)
+
+    async def fails() -> None:
+        await asyncio.sleep(0.01)
+        raise ValueError("refused")
+
+    async def run() -> None:
+        with pytest.raises(ValueError, match="refused"):
+            await gather_answers([streams(), fails()])
+        assert ended == [True]
+
+    asyncio.run(run())
 
 
 def test_what_is_no_answer_stands_for_all() -> None:
