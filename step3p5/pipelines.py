@@ -1,4 +1,4 @@
-"""The pipelines that run the model: MAX's own; under the overlap scheduler with less to do between two steps.
+"""The pipelines that run the model: MAX's own, with less to do between two steps of the same requests.
 
 At batch 1 a step of a GPU's takes less time than MAX's Python needs to prepare the next one. Most of that prepares
 anew what has not changed where the same requests go on decoding.
@@ -6,8 +6,6 @@ anew what has not changed where the same requests go on decoding.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -22,6 +20,8 @@ from max.pipelines.sampling import FusedSamplingProcessor
 from max.pipelines.sampling.sampling_logits_processor import _to_pinned_host_buffer
 from max.pipelines.sampling.seeds import request_row_seed
 from typing_extensions import override
+
+from .steady_batch import SteadyPipeline, in_same_order, same_requests
 
 
 class FutureTokens:
@@ -38,7 +38,7 @@ class FutureTokens:
             draft_tokens_np is None
             and inputs.batch_type is BatchType.TG
             and prev_batch.inputs.batch_type is BatchType.TG
-            and _in_same_order(prev_batch.inputs.flat_batch, inputs.flat_batch)
+            and in_same_order(prev_batch.inputs.flat_batch, inputs.flat_batch)
         ):
             model_inputs.tokens = prev_batch.generated_tokens_device
             return None
@@ -81,17 +81,6 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
         return processor, bitmask
 
 
-def same_requests(before: Sequence[TextContext], now: Sequence[TextContext]) -> bool:
-    """Whether the batch has the same requests in the same order, none of them bound by a grammar since."""
-    return _in_same_order(before, now) and all(
-        context.json_schema is None and context.grammar is None for context in now
-    )
-
-
-def _in_same_order(before: Sequence[TextContext], now: Sequence[TextContext]) -> bool:
-    return len(before) == len(now) and all(map(operator.is_, before, now))
-
-
 def _takes_the_best(context: TextContext) -> bool:
     return context.sampling_params.top_k == 1
 
@@ -100,7 +89,10 @@ class Step3p5Pipeline:
     """The architecture's pipeline: which one it is depends on the scheduler, as it does in MAX."""
 
     def __new__(cls, pipeline_config: PipelineConfig, *args: Any, **kwargs: Any) -> Any:
-        """An `OverlapPipeline` under the overlap scheduler, else MAX's plain one."""
-        overlaps = pipeline_config.runtime.enable_overlap_scheduler
-        chosen = OverlapPipeline if overlaps else TextGenerationPipeline[TextContext]
+        """An `OverlapPipeline` under the overlap scheduler, else a `SteadyPipeline` on a CPU, else MAX's plain one."""
+        chosen: type[TextGenerationPipeline[TextContext]] = TextGenerationPipeline
+        if pipeline_config.runtime.enable_overlap_scheduler:
+            chosen = OverlapPipeline
+        elif pipeline_config.model.default_device_spec.device_type == "cpu":
+            chosen = SteadyPipeline
         return chosen(pipeline_config, *args, **kwargs)

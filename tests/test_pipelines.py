@@ -14,7 +14,8 @@ from max.nn.kv_cache import KVCacheInputsPerDevice
 from max.pipelines.modeling.types import BatchType
 
 from step3p5.model import cache_leaves
-from step3p5.pipelines import FutureTokens, OverlapPipeline, same_requests
+from step3p5.pipelines import FutureTokens, OverlapPipeline
+from step3p5.steady_batch import same_requests
 
 
 def context(**changes: Any) -> Any:
