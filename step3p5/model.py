@@ -20,6 +20,7 @@ from max.pipelines.architectures.llama3.model import Llama3Inputs, LlamaModelBas
 from max.pipelines.context import TextContext
 from max.pipelines.lib import KVCacheConfig, PipelineConfig
 from max.pipelines.lib.graph_specs import GraphRole, GraphSpec
+from max.pipelines.lib.interfaces import ModelInputs, ModelOutputs
 from max.pipelines.lib.interfaces.pipeline_model import AlwaysSignalBuffersMixin
 from max.pipelines.lib.memory_estimation import MemoryPlan
 from typing_extensions import override
@@ -32,7 +33,7 @@ from .parallel_step3p5 import ParallelStep3p5
 from .step3p5 import Step3p5
 from .structured_output import restart_grammars_amid_prompts
 from .tokenizer import check_token_ids
-from .worker_threads import spread_workers
+from .worker_threads import rest_pollers, spread_workers
 
 logger = logging.getLogger("max.pipelines")
 
@@ -105,6 +106,8 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
 
     state_dict: dict[str, Any]
     """Weights to load into the model."""
+
+    _pollers_work: bool = True
 
     def __init__(
         self,
@@ -182,6 +185,19 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
         inputs = super().prepare_initial_token_inputs(replica_batches, kv_cache_inputs, return_n_logits)
         assert isinstance(inputs, Step3p5Inputs)
         return inputs
+
+    @override
+    def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
+        """Runs a step."""
+        outputs = super().execute(model_inputs)
+        self.after_step()
+        return outputs
+
+    def after_step(self) -> None:
+        """What follows the first step that the model runs."""
+        if self._pollers_work and self.devices[0].is_host:
+            rest_pollers()
+        self._pollers_work = False
 
     @override
     def _create_model_config(self, state_dict: dict[str, Any]) -> Step3p5Config:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from max.driver import Buffer
 from max.pipelines.context import TextContext, TextGenerationOutput
 from max.pipelines.lib.pipeline_variants.text_generation import TextGenerationPipeline
 from max.pipelines.lib.pipeline_variants.utils import update_context_and_prepare_responses
@@ -21,7 +22,7 @@ from max.pipelines.modeling.types import PipelineOutputsDict, TextGenerationInpu
 from max.support.algorithm import flatten2d
 from typing_extensions import override
 
-from .model import Step3p5Inputs
+from .model import Step3p5Inputs, Step3p5Model
 
 
 def in_same_order(before: Sequence[TextContext], now: Sequence[TextContext]) -> bool:
@@ -53,6 +54,9 @@ class SteadyStep:
 
     batch: list[TextContext]
     inputs: Step3p5Inputs
+    buffers: tuple[Buffer, ...]
+    """The inputs as the graph takes them."""
+
     tokens: npt.NDArray[np.int64]
     """`[total_seq_len]`."""
 
@@ -65,7 +69,7 @@ class SteadyStep:
         assert isinstance(inputs.kv_cache_inputs, dict)
         caches = [cache for kind in inputs.kv_cache_inputs.values() for cache in kind]
         lengths = [cache.cache_lengths.to_numpy() for cache in caches]
-        return cls(list(batch), inputs, inputs.tokens.to_numpy(), lengths)
+        return cls(list(batch), inputs, inputs.buffers, inputs.tokens.to_numpy(), lengths)
 
     def goes_on_in(self, batch: Sequence[TextContext], page_size: int) -> bool:
         """Whether a step of `batch` reads the same pages of the cache for the same requests, one token of each."""
@@ -85,6 +89,7 @@ class SteadyStep:
 class SteadyPipeline(TextGenerationPipeline[TextContext]):
     """MAX's plain pipeline on a CPU, with a short way from a step to the next of the same requests."""
 
+    _pipeline_model: Step3p5Model
     _last: SteadyStep | None = None
 
     @override
@@ -93,9 +98,9 @@ class SteadyPipeline(TextGenerationPipeline[TextContext]):
     ) -> tuple[Any, npt.NDArray[np.int32] | None, list[TextContext]]:
         """A step's inputs: the last one's, advanced, where that is all; else MAX's."""
         batch = flatten2d(batches)
-        if self._last is not None and self._goes_on(batch):
-            self._last.advance()
-            return self._last.inputs, None, batch
+        if (last := self._goes_on_in(batch)) is not None:
+            last.advance()
+            return last.inputs, None, batch
         self._last = None  # MAX may prepare the next step in the same memory
         inputs, bitmask, batch = super().prepare_batch(batches)
         if bitmask is None and batch:
@@ -105,16 +110,18 @@ class SteadyPipeline(TextGenerationPipeline[TextContext]):
     @override
     def _execute(self, inputs: TextGenerationInputs[TextContext]) -> PipelineOutputsDict[TextGenerationOutput]:
         batch = inputs.flat_batch
-        if inputs.enable_log_probs or not self._goes_on(batch) or not all(map(takes_the_best, batch)):
+        last = None if inputs.enable_log_probs else self._goes_on_in(batch)
+        if last is None or not all(map(takes_the_best, batch)):
             return super()._execute(inputs)
-        step_inputs, _, batch = self.prepare_batch(inputs.batches)
-        outputs = self._launch_forward_pass(step_inputs, batch, step=0)
-        logits = outputs.logits if outputs.next_token_logits is None else outputs.next_token_logits
-        known = logits.to_numpy()[:, : self.vocab_size]  # the tokenizer has no words for the rest
+        last.advance()
+        next_token_logits, *_ = self._pipeline_model.model.execute(*last.buffers)
+        known = next_token_logits.to_numpy()[:, : self.vocab_size]  # the tokenizer has no words for the rest
         answers = update_context_and_prepare_responses(known.argmax(axis=-1, keepdims=True), batch)
         for context in batch:
             self._kv_manager.step(context)
         return answers
 
-    def _goes_on(self, batch: Sequence[TextContext]) -> bool:
-        return self._last is not None and self._last.goes_on_in(batch, self._kv_manager.params.page_size)
+    def _goes_on_in(self, batch: Sequence[TextContext]) -> SteadyStep | None:
+        """The last step, if `batch` goes on with it."""
+        last = self._last
+        return last if last is not None and last.goes_on_in(batch, self._kv_manager.params.page_size) else None

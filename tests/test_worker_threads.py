@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from step3p5.cpu_quota import THREADS_VARIABLE
-from step3p5.worker_threads import spread_workers
+from step3p5.worker_threads import rest_pollers, spread_workers
 
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no threads")
 
@@ -67,3 +68,26 @@ def test_workers_that_have_ended_hold_nothing_up(workers: list[int], tmp_path: P
     (tmp_path / "2" / "comm").symlink_to(tmp_path / "gone")
     spread_workers(tmp_path)
     assert [os.sched_getaffinity(worker) for worker in workers] == [{core} for core in sorted(os.sched_getaffinity(0))]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system has no such class of threads")
+@pytest.mark.parametrize(
+    ("seconds", "of_python", "rests"), [(1e-4, False, True), (1e-4, True, False), (1, False, False)]
+)
+def test_threads_that_only_poll_rest(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, of_python: bool, rests: bool
+) -> None:
+    end = threading.Event()
+
+    def poll() -> None:
+        while not end.is_set():
+            time.sleep(seconds)
+
+    thread = threading.Thread(target=poll, name=Path("/proc/self/comm").read_text().strip())
+    thread.start()
+    if not of_python:
+        monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread()])
+    rest_pollers()
+    assert (os.sched_getscheduler(thread.native_id or 0) == os.SCHED_IDLE) == rests
+    end.set()
+    thread.join()
