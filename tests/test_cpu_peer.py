@@ -7,6 +7,7 @@ import importlib
 import io
 import sys
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,11 +129,13 @@ def test_a_build_leaves_a_folder_with_files_alone(tmp_path: Path) -> None:
 
 
 def test_a_profile_splits_a_step_and_leaves_the_pipeline_as_it_was() -> None:
-    cls = type("PipelineModel", (), {"execute": lambda self: None, "prepare_initial_token_inputs": lambda self: None})
-    pipeline_model = cls()
+    graph = FakeGraph()
+    pipeline_model = SimpleNamespace(model=graph)
     profile = StepProfile.measure(FakeModel([0.0] * 3, pipeline_model), context=4, decode_steps=2)
-    assert profile.step_seconds >= profile.graph_seconds + profile.prepare_seconds
-    assert vars(pipeline_model) == {}
+    assert profile.graph_seconds >= FakeGraph.SECONDS
+    assert profile.rest_seconds >= FakeBatch.SECONDS
+    assert profile.step_seconds == pytest.approx(profile.graph_seconds + profile.rest_seconds)
+    assert pipeline_model.model is graph
     assert profile.text().startswith("a decode step of ")
 
 
@@ -166,8 +169,20 @@ class FakeModel:
         return FakeBatch(len(self.seconds), self.pipeline._pipeline_model)
 
 
+class FakeGraph:
+    """A compiled model that takes its time."""
+
+    SECONDS = 0.004
+
+    def execute(self) -> list[Any]:
+        time.sleep(self.SECONDS)
+        return [SimpleNamespace(to_numpy=lambda: None)]
+
+
 class FakeBatch:
-    """A batch whose steps call the pipeline model's parts."""
+    """A batch whose steps run the graph and take time besides."""
+
+    SECONDS = 0.002
 
     def __init__(self, steps: int, pipeline_model: Any) -> None:
         self.steps = steps
@@ -185,8 +200,8 @@ class FakeBatch:
 
     def step(self) -> None:
         self.steps -= 1
-        self.pipeline_model.prepare_initial_token_inputs()
-        self.pipeline_model.execute()
+        time.sleep(self.SECONDS)
+        self.pipeline_model.model.execute()
 
 
 class FakeLlamaCpp:
