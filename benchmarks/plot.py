@@ -212,6 +212,20 @@ def draw_side_by_side(result: Result, figure: Figure) -> None:
     axis.set_ylabel("tokens/s")
 
 
+def draw_busy(result: Result, figure: Figure) -> None:
+    """Each pass's milliseconds with the device busy, and in gaps between its kernels."""
+    axis = figure.subplots()
+    rows = result["results"]
+    busy = [row["timeline"]["busy"] for row in rows]
+    axis.bar(range(len(rows)), busy, 0.5, label="device busy")
+    axis.bar(range(len(rows)), [row["timeline"]["gaps"] for row in rows], 0.5, bottom=busy, label="gaps")
+    for place, row in enumerate(rows):
+        axis.annotate(f"{row['busy_over_bytes']:.2f} x bytes", (place, busy[place]), ha="center", va="bottom")
+    axis.set_xticks(range(len(rows)), [row["name"] for row in rows])
+    axis.set_ylabel("ms")
+    axis.legend(fontsize="small")
+
+
 KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
     "forward": draw_forward,
     "serving": draw_serving,
@@ -222,6 +236,7 @@ KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
     "speculation": draw_speculation,
     "speculation_moving": draw_speculation_moving,
     "side_by_side": draw_side_by_side,
+    "busy": draw_busy,
 }
 """What draws a result, by its `benchmark`; one without the field is `moe.py`'s."""
 
