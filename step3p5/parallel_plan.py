@@ -10,8 +10,8 @@ The vocabulary is cut in all of them. What is not in a table is whole on every d
 cuts: a product over a cut input axis leaves partial sums, which an all-reduce adds up; own tokens that meet experts of
 other devices are gathered before and scattered after.
 
-Why no token is sent to single experts. Where every device has every token (TP + EP), local experts and one all-reduce,
-which the shared expert needs anyway, move less than any dispatch. Where devices have their own tokens (DP + EP),
+Why no token is sent to single experts. Where every device has every token (TP + EP), local experts add their sums to
+the all-reduce that the shared expert needs anyway: they cost no byte. Where devices have their own tokens (DP + EP),
 gathering them and scattering the sums moves, with 288 experts and 8 a token, in multiples of all tokens' hidden states
 that a device sends:
 
@@ -21,10 +21,12 @@ that a device sends:
 | 4 | 1.50 | 2.25 | 1.35 | 3.00 |
 | 8 | 1.75 | 2.63 | 1.16 | 1.75 |
 
-(`python -m step3p5.plan` counts them for a case.) On 2 devices there is nothing to win, on 4 a tenth. On 8, sending
-each token only to the devices that have experts of it would save a third: of 128 tokens 1.4 us a layer over 450 GB/s,
-of 8192 tokens 88 us. It takes counts that only the devices know, buffers for the worst routing, and kernels of MAX's
-that do not compile for Hopper.
+(`python -m step3p5.plan` counts them for a case.) MAX's own dispatch and combine send to experts: its buffers have a
+row for every token and expert, 20 GB on each device for 8192 tokens of each, and `top_k` products of a token come back.
+That is never less than gathering, and up to four times as much. Sending each token only to the devices that have
+experts of it has nothing to win on 2 devices and a tenth on 4. On 8 it would save a third: of 128 tokens 1.4 us a layer
+over 450 GB/s, of 8192 tokens 88 us. It takes counts that only the devices know, buffers for the worst routing, and
+kernels of its own.
 """
 
 from __future__ import annotations

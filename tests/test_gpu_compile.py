@@ -1,7 +1,6 @@
 """Every op and every graph of the model compiles for the GPUs that the project names, on a machine without one.
 
-Graphs compiled together share their kernels; the larger compilations run where `STEP3P5_LONG_TESTS` is set
-(`make test-long`).
+Graphs compiled together share their kernels. For more devices and for other GPUs: `test_gpu_compile_long.py`.
 """
 
 from __future__ import annotations
@@ -10,13 +9,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from test_parallel_plan import MODES
 
 HERE = Path(__file__).parent
+
+HOPPER = "cuda:sm_90a"
+TARGETS = [HOPPER, "cuda:sm_100a", "hip:gfx942"]
 
 
 def run(program: str, *arguments: str, timeout: int) -> subprocess.CompletedProcess[str]:
@@ -31,7 +33,15 @@ def run(program: str, *arguments: str, timeout: int) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("target", ["cuda:sm_90a", "cuda:sm_100a", "hip:gfx942"])
+def compile_models(target: str, num_devices: int, names: Sequence[str], timeout: int) -> int:
+    """Compiles graphs of the model together; returns the seconds that it took."""
+    start = time.perf_counter()
+    compilation = run("gpu_models.py", target, str(num_devices), *names, timeout=timeout)
+    assert (compilation.returncode, compilation.stdout) == (0, "compiled"), compilation.stderr[-4000:]
+    return round(time.perf_counter() - start)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_op_compiles(target: str) -> None:
     compilation = run("gpu_ops.py", target, timeout=300)
     assert (compilation.returncode, compilation.stdout) == (0, "compiled"), compilation.stderr[-4000:]
@@ -39,15 +49,4 @@ def test_every_op_compiles(target: str) -> None:
 
 def test_the_model_compiles_for_hopper(record_property: Callable[[str, object], None]) -> None:
     """On one GPU, with its drafts, and in every mode on two."""
-    start = time.perf_counter()
-    compilation = run("gpu_models.py", "cuda:sm_90a", "2", "whole", "mtp", *MODES, timeout=1500)
-    assert (compilation.returncode, compilation.stdout) == (0, "compiled"), compilation.stderr[-4000:]
-    record_property("seconds", round(time.perf_counter() - start))
-
-
-@pytest.mark.skipif("STEP3P5_LONG_TESTS" not in os.environ, reason="many minutes each: make test-long")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("target", "num_devices"), [("cuda:sm_90a", 8), ("cuda:sm_100a", 2), ("hip:gfx942", 2)])
-def test_the_model_compiles_for_several_gpus(mode: str, target: str, num_devices: int) -> None:
-    compilation = run("gpu_models.py", target, str(num_devices), mode, timeout=3000)
-    assert (compilation.returncode, compilation.stdout) == (0, "compiled"), compilation.stderr[-4000:]
+    record_property("seconds", compile_models(HOPPER, 2, ["whole", "mtp", *MODES], timeout=1500))

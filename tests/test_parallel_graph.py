@@ -35,7 +35,7 @@ SMALLEST = SMALL | {
 pytestmark = pytest.mark.skipif("STEP3P5_LONG_TESTS" not in os.environ, reason="minutes each: make test-long")
 
 LENGTHS = [[[3, 200, 1], [40, 9]], [[3, 200, 1], [44, 160]]]
-"""Batches of two replicas: with unequal and with equal numbers of tokens, which take different ways back."""
+"""Batches of two replicas: with unequal and with equal numbers of tokens."""
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -41,6 +41,7 @@ from step3p5.speculation.draft_vocabulary import SIZE_VARIABLE
 
 FLASH = parse_model_config(flash_config())
 FLASH_6 = replace(FLASH, layers=FLASH.layers[:6])
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/results"
 BF16, FP8, INT4 = FORMATS["bf16"], FORMATS["fp8"], FORMATS["int4"]
 H100 = GPUS["h100"]
 
@@ -127,6 +128,15 @@ def test_caches_are_the_pages_that_max_takes(mode: str, context: int) -> None:
         (region,) = params.leaves().values()
         blocks = region.blocks_to_reserve(math.ceil(context / 128), enable_prefix_caching=False)
         assert counted[kind] == requests * blocks * params.bytes_per_block
+
+
+def test_a_gpu_held_the_weights_and_no_more_than_is_planned() -> None:
+    run = json.loads((RESULTS / "forward-flash6-h100.json").read_text())
+    in_use = run["device_memory"]
+    held = in_use["after_rounds"] - in_use["before_loading"] - in_use["caches"]
+    requests, context = (max(of[name] for of in run["results"]) for name in ("batch_size", "context"))
+    planned = device_memory(parallel_plan(FLASH_6, 1), BF16, requests, context)
+    assert planned.weights < held < planned.fixed < 1.05 * held
 
 
 def test_constants_are_those_of_max() -> None:

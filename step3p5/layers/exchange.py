@@ -65,9 +65,11 @@ class Exchange:
 
         MAX's reduce-scatter cuts into equal parts. Devices whose requests do not have equally many tokens sum all rows
         instead, each on twice as many bytes sent, and keep theirs. Captured decode steps, and prefills as long as the
-        scheduler allows, are equal.
+        scheduler allows, are equal. On the host the two ways are one.
         """
         assert self.row_bounds is not None
+        if not self.signals:
+            return self._own_parts(self._sum(values), own)
         rows = self.row_bounds[1:] - self.row_bounds[:-1]
         are_equal = ops.squeeze(ops.max(rows) == ops.min(rows), 0)
         return ops.cond(
@@ -81,8 +83,6 @@ class Exchange:
         )
 
     def _equal_parts(self, values: Sequence[TensorValue], own: Sequence[TensorValue]) -> list[TensorValue]:
-        if not self.signals:
-            return self._own_parts(self._sum(values), own)
         parts = ops.reducescatter.sum(values, self.signals)
         return [ops.rebind(part, of_device.shape) for part, of_device in zip(parts, own, strict=True)]
 

@@ -47,7 +47,7 @@ class ExpertExchange:
     """Every token once to each device that has experts of it, and one sum back from each."""
 
     dispatch_to_experts: float
-    """Every token to each of its experts, and the product of each back."""
+    """Every token to each of its experts, and the product of each back: what MAX's own dispatch and combine do."""
 
 
 def expert_exchange(moe: MoEConfig, num_devices: int, num_tokens: float, token_bytes: float) -> ExpertExchange:
