@@ -12,19 +12,18 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from arguments import OneLineParser, devices, positive_int, positive_ints
 from bandwidth import usable_cores
 from device import as_passes, device_copy_rate, max_settings, settle
-from forward import precision_of
+from forward import precision_of, run_case
 from forward_cases import Case, Precision, make_cases
 from max.pipelines.lib.auto_model import AutoModel
 from report import Environment, format_table, write_json
@@ -141,67 +140,45 @@ class Report:
         return "\n".join(lines)
 
 
-@contextmanager
-def kernels_of_device(found: list[Kernel]) -> Iterator[None]:
-    """Adds what the device runs meanwhile to `found`."""
+def kernels_of(model: AutoModel, case: Case, rng: np.random.Generator) -> list[Kernel]:
+    """What the device runs in a case's passes, the first steps left out."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        yield
-        torch.cuda.synchronize()
-    found += [
+    with model.generate_iter(
+        case.prompts(model, rng), max_new_tokens=case.decode_steps + 1, temperature=0.0, ignore_eos=True
+    ) as batch:
+        for _ in range(min(SKIPPED_STEPS, case.decode_steps)):
+            batch.step()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(max(case.decode_steps - SKIPPED_STEPS, 1)):
+                batch.step()
+            torch.cuda.synchronize()
+        while not batch.done:
+            batch.step()
+    return [
         Kernel(event.time_range.start, event.time_range.end - event.time_range.start, event.name)
         for event in profiler.events()
         if event.device_type.name == "CUDA"
     ]
 
 
-def run(model: AutoModel, case: Case, found: list[Kernel] | None) -> list[float]:
-    """Runs a case from new prompts; the seconds of its passes, and into `found` the kernels of those that are timed."""
-    vocabulary = int(model.pipeline.tokenizer.tokenizer_vocab_size)
-    prompts = np.random.default_rng().integers(vocabulary, size=(case.batch_size, case.prompt_length)).tolist()
-    skipped = SKIPPED_STEPS if case.decode_steps else 0
-    seconds = []
-
-    def step(batch: Any) -> None:
-        start = time.perf_counter()
-        batch.step()
-        seconds.append(time.perf_counter() - start)
-
-    options = dict(max_new_tokens=case.decode_steps + skipped + 1, temperature=0.0, ignore_eos=True)
-    with model.generate_iter(prompts, **options) as batch:
-        for _ in range(skipped):
-            step(batch)
-        if found is None:
-            while not batch.done:
-                step(batch)
-        else:
-            with kernels_of_device(found):
-                for _ in range(max(case.decode_steps, 1)):
-                    step(batch)
-        while not batch.done:
-            batch.step()
-    return seconds
-
-
 def look_at(
     model: AutoModel, case: Case, config: ModelConfig, precision: Precision, copy_rate: float, devices: str
 ) -> Result:
     """Times a case, then looks at its kernels."""
+    rng = np.random.default_rng()
+    longer = replace(case, decode_steps=case.decode_steps + SKIPPED_STEPS) if case.decode_steps else case
     passes = list[float]()
     for _ in range(2):  # the first one warms up
         settle(devices)
-        passes = as_passes(devices, run(model, case, None))
-    timed = passes[SKIPPED_STEPS:] if case.decode_steps else passes[:1]
+        passes = as_passes(devices, run_case(model, longer, rng))
     settle(devices)
-    kernels: list[Kernel] = []
-    run(model, case, kernels)
-    timeline = Timeline.of(kernels, max(case.decode_steps, 1))
+    timeline = Timeline.of(kernels_of(model, longer, rng), max(case.decode_steps, 1))
     to_read = forward_bytes(config, case.forward, precision.weights, precision.cache)
     return Result(
         name=case.name,
-        milliseconds=1e3 * statistics.median(timed),
+        milliseconds=1e3 * statistics.median(passes[SKIPPED_STEPS:] if case.decode_steps else passes[:1]),
         timeline=timeline,
         bytes_to_read=to_read,
         busy_over_bytes=1e-3 * timeline.busy * copy_rate / to_read,
@@ -223,6 +200,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.devices == "cpu":
         parser.error("--devices: found cpu, expected a GPU")
+    if find_spec("torch") is None:
+        parser.error("torch: found none, expected PyTorch with CUDA, whose profiler sees the kernels")
     return options
 
 
@@ -243,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ) as model:
         precision = precision_of(model, options.devices)
         copy_rate = device_copy_rate()
-        assert copy_rate is not None, "torch is needed"
+        assert copy_rate is not None, "looked for before"
         results = [look_at(model, case, config, precision, copy_rate, options.devices) for case in cases]
     report = Report("busy", environment, options.model, options.devices, copy_rate, results)
     print(report.text())

@@ -193,8 +193,7 @@ class Rounds:
     def run(self, model: AutoModel, peer: LlamaCpp, rng: np.random.Generator, keep: bool) -> None:
         """One round of both sides on new prompts."""
         case = self.case
-        vocabulary = int(model.pipeline.tokenizer.tokenizer_vocab_size)
-        prompts = rng.integers(vocabulary, size=(case.batch_size, case.prompt_length)).tolist()
+        prompts = case.prompts(model, rng)
         # Whatever keeps the cores busy for longer than a run must not fall to the same side each time.
         if rng.integers(2):
             here, llama_cpp = run_here(model, prompts, case.decode_steps), peer.run(prompts, case.decode_steps)

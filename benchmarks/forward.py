@@ -148,9 +148,7 @@ def run_rounds(model: AutoModel, devices: str, cases: Sequence[Case], rounds: in
 
 def run_case(model: AutoModel, case: Case, rng: np.random.Generator) -> list[float]:
     """Generates once from new prompts and returns the seconds of each step, the prompt's first."""
-    vocabulary = int(model.pipeline.tokenizer.tokenizer_vocab_size)
-    prompts = rng.integers(vocabulary, size=(case.batch_size, case.prompt_length)).tolist()
-    seconds = []
+    prompts, seconds = case.prompts(model, rng), []
     with model.generate_iter(prompts, max_new_tokens=case.decode_steps + 1, temperature=0.0, ignore_eos=True) as batch:
         while not batch.done:
             start = time.perf_counter()

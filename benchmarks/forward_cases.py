@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 from report import Spread
 
 from step3p5.byte_account import Forward, forward_bytes, forward_flops
@@ -37,6 +38,12 @@ class Case:
     def longest(self) -> int:
         """Tokens of a request when the last pass has generated its token."""
         return self.prompt_length + self.decode_steps + 1
+
+    def prompts(self, model: Any, rng: np.random.Generator) -> list[list[int]]:
+        """New random prompts for `model`, an `AutoModel`."""
+        vocabulary = int(model.pipeline.tokenizer.tokenizer_vocab_size)
+        prompts: list[list[int]] = rng.integers(vocabulary, size=(self.batch_size, self.prompt_length)).tolist()
+        return prompts
 
     def keep(self, step_seconds: Sequence[float]) -> None:
         """Adds the times of one run, given for each of its steps from the prompt's on."""

@@ -70,7 +70,7 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
         if self._sampler_of is not None and same_requests(self._sampler_of[0], flat_batch):
             _, processor, no_tokens = self._sampler_of
             processor.generated_tokens = no_tokens
-            if not all(map(_takes_the_best, flat_batch)):
+            if any(context.sampling_params.top_k != 1 for context in flat_batch):
                 seeds = [request_row_seed(context) for context in flat_batch]
                 host = _to_pinned_host_buffer(seeds, device=self._sampler_device, dtype=DType.uint64)
                 processor.sampler_inputs.seed = host.to(self._sampler_device)
@@ -79,10 +79,6 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
         keeps = bitmask is None and processor.penalty_inputs is None and not processor.min_tokens_masks
         self._sampler_of = (list(flat_batch), processor, processor.generated_tokens) if keeps else None
         return processor, bitmask
-
-
-def _takes_the_best(context: TextContext) -> bool:
-    return context.sampling_params.top_k == 1
 
 
 class Step3p5Pipeline:

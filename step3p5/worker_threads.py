@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def rest_pollers(tasks: Path = Path("/proc/self/task")) -> None:
     if not hasattr(os, "SCHED_IDLE"):
         return
     own = {thread.native_id for thread in threading.enumerate()} | {threading.get_native_id()}
-    name = (tasks / str(threading.get_native_id()) / "comm").read_text()
+    name = (tasks / str(threading.get_native_id()) / "comm").read_text().strip()
     before = _wakes(tasks, name)
     time.sleep(WATCHED_SECONDS)
     for thread, wakes in _wakes(tasks, name).items():
@@ -79,9 +79,9 @@ def rest_pollers(tasks: Path = Path("/proc/self/task")) -> None:
 def _wakes(tasks: Path, name: str) -> Mapping[int, int]:
     """How often each of the threads called `name` went to sleep so far."""
     found = {}
-    for folder in tasks.iterdir():
+    for folder, own_name in _threads(tasks):
         with suppress(FileNotFoundError, ProcessLookupError):
-            if (folder / "comm").read_text() == name:
+            if own_name == name:
                 (count,) = _SLEEPS.findall((folder / "status").read_text())
                 found[int(folder.name)] = int(count)
     return found
@@ -90,9 +90,15 @@ def _wakes(tasks: Path, name: str) -> Mapping[int, int]:
 def _workers(tasks: Path) -> Mapping[int, Sequence[int]]:
     """The system's ids of every worker, by its number."""
     found = defaultdict[int, list[int]](list)
-    for name in tasks.glob("*/comm"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            match = _WORKER.search(name.read_text().strip())
-            if match is not None:
-                found[int(match[1])].append(int(name.parent.name))
+    for folder, name in _threads(tasks):
+        match = _WORKER.search(name)
+        if match is not None:
+            found[int(match[1])].append(int(folder.name))
     return found
+
+
+def _threads(tasks: Path) -> Iterator[tuple[Path, str]]:
+    """Each thread's folder and name; threads may end meanwhile."""
+    for comm in tasks.glob("*/comm"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield comm.parent, comm.read_text().strip()
