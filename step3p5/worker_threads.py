@@ -56,7 +56,7 @@ def spread_workers(tasks: Path = Path("/proc/self/task")) -> None:
 
 
 def rest_pollers(tasks: Path = Path("/proc/self/task")) -> None:
-    """Lets MAX's pollers run only where a core has nothing else to do: they cost a decoding step some 6 %.
+    """Lets MAX's pollers run only where a core has nothing else to do: they take time from a decoding step.
 
     From the first graph that a process runs, a thread of MAX's looks every 100 microseconds whether there are events to
     record. Called while nothing runs; threads of Python's, and of other names than the caller's, are left alone.
