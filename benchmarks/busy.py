@@ -172,7 +172,7 @@ def look_at(
     passes = list[float]()
     for _ in range(2):  # the first one warms up
         settle(devices)
-        passes = as_passes(devices, run_case(model, longer, rng))
+        passes = as_passes(run_case(model, longer, rng), longer.decode_steps)
     settle(devices)
     timeline = Timeline.of(kernels_of(model, longer, rng), max(case.decode_steps, 1))
     to_read = forward_bytes(config, case.forward, precision.weights, precision.cache)
@@ -194,7 +194,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--devices", type=devices, default="gpu", help="as MAX's --devices (default: %(default)s)")
     add("--batches", metavar="N,N", type=positive_ints, default=(1, 8), help="decoded batches (default: 1,8)")
     add("--prefill", metavar="N,N", type=positive_ints, default=(2048, 8192), help="(default: 2048,8192)")
-    add("--context", metavar="N", type=positive_int, default=64, help="tokens before decoding (default: %(default)s)")
+    add("--context", metavar="N,N", type=positive_ints, default=(64,), help="tokens before decoding (default: 64)")
     add("--steps", metavar="N", type=positive_int, default=20, help="decoding steps (default: %(default)s)")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
     options = parser.parse_args(arguments)

@@ -223,7 +223,7 @@ class Rounds:
 def compare(options: argparse.Namespace, config: ModelConfig, encoding: str, copy_rate: float) -> EncodingReport:
     """Loads both sides in one encoding and times them."""
     dtype = CheckpointDtype(encoding)
-    cases = make_cases(options.prefill, options.batches, options.context, options.steps)
+    cases = make_cases(options.prefill, options.batches, (options.context,), options.steps)
     length = max(case.longest for case in cases)
     requests = max(options.batches)
     gguf = convert(options.peer, options.model, encoding)

@@ -25,15 +25,15 @@ def max_settings(devices: str, precompiled_mefs: str | None) -> dict[str, object
     return {"device_graph_capture": True, "enable_overlap_scheduler": True, **artifacts}
 
 
-def as_passes(devices: str, step_seconds: Sequence[float]) -> list[float]:
-    """The seconds of each pass, from those of `GenerateIterator.step()`.
+def as_passes(step_seconds: Sequence[float], decode_steps: int) -> list[float]:
+    """The seconds of the prompt's pass and of each of `decode_steps`, from those of `GenerateIterator.step()`.
 
-    On a GPU a step's tokens are returned by the next one: the first step only begins the prompt's pass, the second
-    begins the first decode and waits for the prompt, and so on; the last begins what nobody waits for.
+    A prompt that is longer than the scheduler's budget is read in several steps. And on a GPU a step's tokens are
+    returned by the next one: the first step only begins the prompt's pass, the second begins the first decode and waits
+    for the prompt, and so on; the last begins what nobody waits for.
     """
-    if devices == "cpu":
-        return list(step_seconds)
-    return [sum(step_seconds[:2]), *step_seconds[2:]]
+    prompt = len(step_seconds) - decode_steps
+    return [sum(step_seconds[:prompt]), *step_seconds[prompt:]]
 
 
 def settle(devices: str) -> None:

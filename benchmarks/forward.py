@@ -1,7 +1,7 @@
 """Times the forward passes of a checkpoint in MAX, one at a time: prefill by prompt length, decode by batch size.
 
-    python benchmarks/forward.py MODEL [--devices cpu] [--batches 1,4,8] [--prefill 64,512] [--rounds 5] [--json FILE]
-                                 [--precompiled-mefs DIR] [--ep-size N] [--data-parallel-degree N]
+    python benchmarks/forward.py MODEL [--devices cpu] [--batches 1,4,8] [--context 64] [--prefill 64,512] [--rounds 5]
+                                 [--json FILE] [--precompiled-mefs DIR] [--ep-size N] [--data-parallel-degree N]
 
 A pass is timed from outside, as `GenerateIterator.step()`: batching, graph and sampling. Prompts are random tokens, new
 ones each round; sampling is greedy and end-of-sequence tokens are ignored. All cases run once to warm up, then in turn
@@ -111,7 +111,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     add("--devices", type=devices, default="cpu", help="as MAX's --devices (default: %(default)s)")
     add("--batches", metavar="N,N", type=positive_ints, default=(1, 4, 8), help="decoded batches (default: 1,4,8)")
     add("--prefill", metavar="N,N", type=positive_ints, default=(64, 512), help="prompt lengths (default: 64,512)")
-    add("--context", metavar="N", type=positive_int, default=64, help="tokens before decoding (default: %(default)s)")
+    add("--context", metavar="N,N", type=positive_ints, default=(64,), help="tokens before decoding (default: 64)")
     add("--steps", metavar="N", type=positive_int, default=8, help="decode steps a round (default: %(default)s)")
     add("--rounds", metavar="N", type=positive_int, default=5, help="(default: %(default)s)")
     add("--precompiled-mefs", metavar="DIR", help="artifacts compiled ahead, for a GPU")
@@ -143,7 +143,7 @@ def run_rounds(model: AutoModel, devices: str, cases: Sequence[Case], rounds: in
             settle(devices)
             step_seconds = run_case(model, case, rng)
             if index > 0:
-                case.keep(as_passes(devices, step_seconds))
+                case.keep(as_passes(step_seconds, case.decode_steps))
 
 
 def run_case(model: AutoModel, case: Case, rng: np.random.Generator) -> list[float]:

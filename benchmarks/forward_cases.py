@@ -103,12 +103,17 @@ class Result:
         )
 
 
-def make_cases(prefill: Sequence[int], batches: Sequence[int], context: int, decode_steps: int) -> list[Case]:
-    """A prefill of one request for each prompt length, then decoding from `context` tokens on for each batch size."""
-    decoding = f"context {context + 1}-{context + decode_steps}"
+def make_cases(
+    prefill: Sequence[int], batches: Sequence[int], contexts: Sequence[int], decode_steps: int
+) -> list[Case]:
+    """A prefill of one request for each prompt length, then decoding from each of `contexts` for each batch size."""
     return [
         *(Case(f"prefill, {length} tokens", 1, length, 0) for length in prefill),
-        *(Case(f"decode, batch {size}, {decoding}", size, context, decode_steps) for size in batches),
+        *(
+            Case(f"decode, batch {size}, context {context + 1}-{context + decode_steps}", size, context, decode_steps)
+            for context in contexts
+            for size in batches
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from max.gpu import lane_id
 from std.math import exp, recip
+from std.utils.static_tuple import StaticTuple
 
 from .grouped_pairs_gpu import Pair, store_transposed
 from .grouped_tiles_gpu import TILE_M
@@ -60,6 +61,18 @@ trait PairedOutput(DenseOutput):
         """A lane's part of one matrix."""
         ...
 
+    def plain(self) -> LinearOutput:
+        """The same results, as they are."""
+        ...
+
+    def activated[
+        N: Int
+    ](
+        self, first: StaticTuple[Float32, N], second: StaticTuple[Float32, N]
+    ) -> StaticTuple[Float32, N]:
+        """What becomes of both tensors' sums."""
+        ...
+
 
 @fieldwise_init
 struct LinearOutput(ImplicitlyCopyable, PairedOutput):
@@ -95,6 +108,18 @@ struct LinearOutput(ImplicitlyCopyable, PairedOutput):
             sums[2 * index].cast[DType.bfloat16](),
             sums[2 * index + 1].cast[DType.bfloat16](),
         )
+
+    @always_inline
+    def plain(self) -> LinearOutput:
+        return LinearOutput(self.results(), self.features())
+
+    @always_inline
+    def activated[
+        N: Int
+    ](
+        self, first: StaticTuple[Float32, N], second: StaticTuple[Float32, N]
+    ) -> StaticTuple[Float32, N]:
+        return first
 
     @always_inline
     def store(self, sums: Quad, row: Int, token: Int, tokens: Int):
@@ -171,19 +196,35 @@ struct SwigluOutput(ImplicitlyCopyable, PairedOutput):
         return self.intermediate_size
 
     @always_inline
-    def activation(self, gate: Float32, up: Float32) -> BFloat16:
+    def activation(self, gate: Float32, up: Float32) -> Float32:
         # Comparisons, not min and max, which would drop a NaN.
         var gated = gate * recip(1 + exp(-gate))
         gated = self.limit if gated > self.limit else gated
         var linear = self.limit if up > self.limit else up
         linear = -self.limit if linear < -self.limit else linear
-        return (gated * linear).cast[DType.bfloat16]()
+        return gated * linear
 
     @always_inline
     def matrix[index: Int](self, sums: Quad) -> Pair:
         return Pair(
-            self.activation(sums[0], sums[2]), self.activation(sums[1], sums[3])
+            self.activation(sums[0], sums[2]).cast[DType.bfloat16](),
+            self.activation(sums[1], sums[3]).cast[DType.bfloat16](),
         )
+
+    @always_inline
+    def plain(self) -> LinearOutput:
+        return LinearOutput(self.results(), self.features())
+
+    @always_inline
+    def activated[
+        N: Int
+    ](
+        self, first: StaticTuple[Float32, N], second: StaticTuple[Float32, N]
+    ) -> StaticTuple[Float32, N]:
+        var results = first
+        comptime for i in range(N):
+            results[i] = self.activation(first[i], second[i])
+        return results
 
     @always_inline
     def store(self, sums: Quad, row: Int, token: Int, tokens: Int):

@@ -18,6 +18,7 @@ from max.gpu.memory import (
     fence_mbarrier_init,
 )
 from std.memory import unsafe_stack_allocation
+from std.sys._assembly import inlined_assembly
 from std.utils.static_tuple import StaticTuple
 
 from .grouped_tiles_gpu import TILE_K, TILE_M
@@ -41,9 +42,6 @@ comptime LOADER = MULTIPLIERS // 32
 """Index of the warp that loads."""
 
 comptime THREADS = MULTIPLIERS + 32
-
-comptime BOX_TOKENS = 32
-"""Tokens that one TMA copy brings where a tile's number of tokens varies."""
 
 comptime Sums[N: Int] = StaticTuple[Float32, N // 2]
 """A thread's part of 64 x `N` sums: element 4 j + i (+ 2) is that of column 8 j + 2 (lane % 4) + i, row lane / 4 (+ 8)
@@ -183,6 +181,45 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
                 )
 
     @always_inline
+    def load_tile[
+        TENSORS: Int,
+        EVICTION: CacheEviction,
+        *,
+        shape: Coord,
+        desc: Coord,
+    ](
+        self,
+        first: TMATensorTile[BF16, shape, desc],
+        second: TMATensorTile[BF16, shape, desc],
+        row: Int,
+        column: Int,
+    ):
+        """The calling thread starts the copies of a stage's weights: an equal part of each tensor, one behind the other.
+
+        Copies that several lanes start at a time run one after the other, at some hundred cycles each.
+
+        Args:
+            first: Weights `[M, K]`.
+            second: As `first`; the other tensor if `TENSORS` is 2.
+            row: First row in each tensor; rows behind the last become zero.
+            column: First column, likewise.
+        """
+        comptime ROWS = TILE_M // TENSORS
+        comptime for i in range(TENSORS):
+            var to = TileTensor(
+                self.weights().unsafe_offset(i * ROWS * TILE_K),
+                row_major[ROWS, TILE_K](),
+            )
+            comptime if i == 0:
+                first.async_copy[eviction_policy=EVICTION](
+                    to, self.full[unsafe_offset=self.stage], (column, row)
+                )
+            else:
+                second.async_copy[eviction_policy=EVICTION](
+                    to, self.full[unsafe_offset=self.stage], (column, row)
+                )
+
+    @always_inline
     def load_tokens[
         shape: Coord, desc: Coord
     ](
@@ -252,29 +289,6 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
             )
 
     @always_inline
-    def load_boxes[
-        shape: Coord, desc: Coord
-    ](
-        self,
-        x: TMATensorTile[BF16, shape, desc],
-        boxes: Int,
-        token: Int,
-        column: Int,
-    ):
-        """The loading warp starts the copies of some boxes of `BOX_TOKENS` tokens.
-        """
-        var lane = Int(lane_id())
-        if lane < boxes:
-            x.async_copy(
-                TileTensor(
-                    self.tokens().unsafe_offset(lane * BOX_TOKENS * TILE_K),
-                    row_major[BOX_TOKENS, TILE_K](),
-                ),
-                self.full[unsafe_offset=self.stage],
-                (column, token + lane * BOX_TOKENS),
-            )
-
-    @always_inline
     def multiply[
         COLUMNS: Int
     ](mut self, group: Int, steps: Int) -> Sums[COLUMNS]:
@@ -288,15 +302,14 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
             self.wait_full()
             wgmma_fence_aligned()
             comptime for i in range(TILE_K // 16):
-                # 8 rows of 128 bytes: 64 units of 16 bytes; a step along k is 32 bytes into the swizzled row.
-                var a = WGMMADescriptor.create[64, 1, SWIZZLE](
-                    self.weights().unsafe_offset(group * 64 * TILE_K + i * 16)
-                )
-                var b = WGMMADescriptor.create[64, 1, SWIZZLE](
-                    self.tokens().unsafe_offset(i * 16)
-                )
                 sums = wgmma_async[64, COLUMNS, 16, a_type=BF16, b_type=BF16](
-                    a, b, sums
+                    descriptor(
+                        self.weights().unsafe_offset(
+                            group * 64 * TILE_K + i * 16
+                        )
+                    ),
+                    descriptor(self.tokens().unsafe_offset(i * 16)),
+                    sums,
                 )
             wgmma_commit_group_sync()
             wgmma_wait_group_sync[1]()
@@ -307,3 +320,68 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
         wgmma_wait_group_sync()
         self.release(last)
         return sums
+
+    @always_inline
+    def multiply_both[
+        COLUMNS: Int
+    ](mut self, group: Int, steps: Int) -> Tuple[Sums[COLUMNS], Sums[COLUMNS]]:
+        """The products of the first and of the second 64 weight rows with the group's own `COLUMNS` tokens.
+
+        As `multiply` otherwise. `COLUMNS` is a multiple of 8, the rows after which the swizzle begins anew.
+        """
+        var upper = Sums[COLUMNS](fill=0)
+        var lower = Sums[COLUMNS](fill=0)
+        var last = self.stage
+        for step in range(steps):
+            self.wait_full()
+            wgmma_fence_aligned()
+            comptime for i in range(TILE_K // 16):
+                var tokens = descriptor(
+                    self.tokens().unsafe_offset(
+                        group * COLUMNS * TILE_K + i * 16
+                    )
+                )
+                upper = wgmma_async[64, COLUMNS, 16, a_type=BF16, b_type=BF16](
+                    descriptor(self.weights().unsafe_offset(i * 16)),
+                    tokens,
+                    upper,
+                )
+                lower = wgmma_async[64, COLUMNS, 16, a_type=BF16, b_type=BF16](
+                    descriptor(
+                        self.weights().unsafe_offset(64 * TILE_K + i * 16)
+                    ),
+                    tokens,
+                    lower,
+                )
+            wgmma_commit_group_sync()
+            wgmma_wait_group_sync[1]()
+            if step > 0:
+                self.release(last)
+            last = self.stage
+            self.step()
+        wgmma_wait_group_sync()
+        self.release(last)
+        return (upper, lower)
+
+
+@always_inline
+def descriptor(tile: SharedTile) -> WGMMADescriptor[BF16]:
+    """Of swizzled rows of `TILE_K` columns: 8 rows are 64 units of 16 bytes, and a step along k is 32 bytes into a row.
+    """
+    return WGMMADescriptor.create[64, 1, SWIZZLE](tile)
+
+
+@always_inline
+def prefetch_box[
+    shape: Coord, desc: Coord
+](map: TMATensorTile[BF16, shape, desc], row: Int, column: Int):
+    """The calling thread asks the second-level cache for a box of weights."""
+    inlined_assembly[
+        "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [$0, {$1, $2}];",
+        NoneType,
+        constraints="l,r,r,~{memory}",
+    ](
+        Int(Pointer(to=map.descriptor)),
+        Int32(column),
+        Int32(row),
+    )

@@ -6,9 +6,8 @@ from std.memory import bitcast
 from std.sys._assembly import inlined_assembly
 from std.utils.static_tuple import StaticTuple
 
-from .dense_output_gpu import PairedOutput, Quad
-from .dense_ring_gpu import SharedTile, Sums
-from .operands import Elements
+from .dense_output_gpu import LinearOutput, PairedOutput, Quad
+from .dense_ring_gpu import DenseRing, SharedTile, Sums
 
 comptime STAGED_TOKENS = 64
 """Tokens whose results a warp group brings in order at a time."""
@@ -19,6 +18,10 @@ trait ResultRows(Deinitable, ImplicitlyCopyable):
 
     def row(self, token: Int) -> Int:
         """Row of the tile's `token`; negative where there is none."""
+        ...
+
+    def behind(self, tokens: Int) -> Self:
+        """Those of the tile's tokens from `tokens` on."""
         ...
 
 
@@ -34,28 +37,30 @@ struct TokenRange(ImplicitlyCopyable, ResultRows):
     def row(self, token: Int) -> Int:
         return self.first + token if self.first + token < self.end else -1
 
+    @always_inline
+    def behind(self, tokens: Int) -> Self:
+        return Self(self.first + tokens, self.end)
 
-def staging_bytes[D: PairedOutput]() -> Int:
-    """Shared memory for what both warp groups bring in order."""
-    return 2 * STAGED_TOKENS * D.MATRICES * 64
+
+comptime STAGING_BYTES = 2 * STAGED_TOKENS * 128
+"""Shared memory for what both warp groups bring in order."""
+
+comptime PIECES = 8
+"""Pieces of 16 bytes of a token's results of 64 weight rows."""
 
 
 @always_inline
-def staging_of[
-    D: PairedOutput
-](base: SharedTile, begin: Int, group: Int) -> SharedTile:
+def staging_of(base: SharedTile, begin: Int, group: Int) -> SharedTile:
     """A warp group's part of that memory, which begins `begin` bytes behind `base`.
     """
-    return base.unsafe_offset(
-        begin // 2 + group * STAGED_TOKENS * D.MATRICES * 32
-    )
+    return base.unsafe_offset(begin // 2 + group * STAGED_TOKENS * 64)
 
 
 @always_inline
 def store_tile[
-    D: PairedOutput, R: ResultRows, N: Int
+    R: ResultRows, N: Int
 ](
-    output: D,
+    output: LinearOutput,
     rows: R,
     sums: Sums[N],
     staging: SharedTile,
@@ -72,13 +77,11 @@ def store_tile[
         group: Index of the warp group, 0 or 1.
         row: First result of the group.
     """
-    comptime PIECES = 4 * D.MATRICES
-    comptime EACH = 4 // D.MATRICES
     var thread = Int(thread_idx.x) % 128
     var lane = Int(lane_id())
     var index = lane // 8
-    var from_token = index // D.MATRICES * 8 + lane % 8
-    var from_piece = thread // 32 * D.MATRICES + index % D.MATRICES
+    var from_token = index // 2 * 8 + lane % 8
+    var from_piece = thread // 32 * 2 + index % 2
     comptime for begin in range(0, N, STAGED_TOKENS):
         comptime COUNT = min(STAGED_TOKENS, N - begin)
         comptime PASSES = ceildiv(COUNT * PIECES, 128)
@@ -87,20 +90,20 @@ def store_tile[
         comptime for i in range(PASSES):
             to_rows[i] = rows.row(begin + (thread + i * 128) // PIECES)
         group_barrier(group)
-        comptime for j in range(0, COUNT // 8, EACH):
+        comptime for j in range(0, COUNT // 8, 2):
             var words = StaticTuple[UInt32, 4](fill=0)
             comptime for m in range(4):
-                comptime octet = j + m // D.MATRICES
+                comptime octet = j + m // 2
                 comptime if octet < COUNT // 8:
                     comptime s = 4 * (begin // 8 + octet)
                     words[m] = bitcast[DType.uint32, 1](
-                        output.matrix[m % D.MATRICES](
+                        output.matrix[m % 2](
                             Quad(sums[s], sums[s + 1], sums[s + 2], sums[s + 3])
                         )
                     )
             store_matrices(
                 staging.unsafe_offset(
-                    piece_offset[PIECES](from_token + j * 8, from_piece)
+                    piece_offset(from_token + j * 8, from_piece)
                 ),
                 words,
             )
@@ -110,23 +113,66 @@ def store_tile[
             var t = place // PIECES
             var piece = place % PIECES
             var values = staging.unsafe_offset(
-                piece_offset[PIECES](t, piece)
+                piece_offset(t, piece)
             ).unsafe_load[width=8, alignment=16]()
             var to = row + piece * 8
             if to_rows[i] >= 0 and to < output.features():
-                rebind[Elements[DType.bfloat16]](
-                    output.results()
-                ).unsafe_offset(
+                output.y.unsafe_offset(
                     to_rows[i] * output.features() + to
-                ).unsafe_store[
-                    alignment=16
-                ](
-                    values
-                )
+                ).unsafe_store[alignment=16](values)
 
 
 @always_inline
-def piece_offset[PIECES: Int](token: Int, piece: Int) -> Int:
+def multiply_tile[
+    D: PairedOutput,
+    R: ResultRows,
+    STAGES: Int,
+    SHARERS: Int,
+    MAX_N: Int,
+    //,
+    N: Int,
+](
+    output: D,
+    rows: R,
+    mut ring: DenseRing[MAX_N, STAGES, SHARERS],
+    steps: Int,
+    staging: SharedTile,
+    group: Int,
+    row: Int,
+):
+    """A warp group's half of a tile of `N` tokens, from the ring to the results.
+
+    Of one weight tensor a group takes 64 rows with all tokens; of two it takes 64 rows of both with half of the tokens,
+    so that a lane holds both sums of an activation.
+
+    Args:
+        output: The product.
+        rows: Where the tile's tokens go.
+        ring: The ring, whose loader brings the tile next.
+        steps: Stages of the tile.
+        staging: See `store_tile`.
+        group: Index of the warp group, 0 or 1.
+        row: First result of the tile.
+    """
+    comptime if D.TENSORS == 1:
+        var sums = ring.multiply[N](group, steps)
+        store_tile(output.plain(), rows, sums, staging, group, row + group * 64)
+    else:
+        comptime HALF = N // 2
+        var first, second = ring.multiply_both[HALF](group, steps)
+        var results = output.activated(first, second)
+        store_tile(
+            output.plain(),
+            rows.behind(group * HALF),
+            results,
+            staging,
+            group,
+            row,
+        )
+
+
+@always_inline
+def piece_offset(token: Int, piece: Int) -> Int:
     """Where a piece of 16 bytes is staged: eight tokens' same pieces, and eight neighbouring pieces, hit all banks.
     """
     return (token * PIECES + (piece ^ (token * PIECES // 8 % PIECES))) * 8

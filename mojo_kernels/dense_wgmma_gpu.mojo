@@ -7,16 +7,23 @@ from max.gpu import (
     barrier,
     block_idx,
     grid_dim,
+    lane_id,
     thread_idx,
 )
 from max.gpu.host import DeviceContext, Dim, FuncAttribute
+from max.gpu.memory import CacheEviction
 from max.gpu.primitives.cluster import cluster_sync
 from std.math import ceildiv
 from std.utils.static_tuple import StaticTuple
 
 from .dense_output_gpu import PairedOutput
 from .dense_ring_gpu import BF16, DenseRing, LOADER, SWIZZLE, THREADS
-from .dense_store_gpu import TokenRange, staging_bytes, staging_of, store_tile
+from .dense_store_gpu import (
+    STAGING_BYTES,
+    TokenRange,
+    multiply_tile,
+    staging_of,
+)
 from .grouped_tiles_gpu import TILE_K, TILE_M
 from .operands import Elements, elements
 
@@ -86,13 +93,15 @@ def dense_wgmma[
     var first_tile = Int(block_idx.x) // SHARERS
     var clusters = Int(grid_dim.x) // SHARERS
     if warp == LOADER:
+        if lane_id() != 0:
+            return
         for tile in range(first_tile, tiles, clusters):
             var place = DenseTile.of(tile, row_groups, token_tiles)
             var row = (place.row_group * SHARERS + rank) * ROWS
             for step in range(steps):
                 ring.wait_empty()
                 ring.expect(N)
-                ring.load_weights[D.BOX_ROWS, D.TENSORS](
+                ring.load_tile[D.TENSORS, CacheEviction.EVICT_NORMAL](
                     first, second, row, step * TILE_K
                 )
                 ring.load_tokens(x, rank, place.token_tile * N, step * TILE_K)
@@ -103,18 +112,18 @@ def dense_wgmma[
             ring.step()
         return
     var group = warp // 4
-    var staging = staging_of[D](ring.base, ring.BYTES, group)
+    var staging = staging_of(ring.base, ring.BYTES, group)
     for tile in range(first_tile, tiles, clusters):
         var place = DenseTile.of(tile, row_groups, token_tiles)
         var row = (place.row_group * SHARERS + rank) * ROWS
-        var sums = ring.multiply[N](group, steps)
-        store_tile(
+        multiply_tile[N](
             output,
             TokenRange(place.token_tile * N, Int(tokens)),
-            sums,
+            ring,
+            steps,
             staging,
             group,
-            row + group * (ROWS // 2),
+            row,
         )
 
 
@@ -132,13 +141,13 @@ def launch_dense_wgmma[
 ) raises:
     """Enqueues `dense_wgmma` on all multiprocessors."""
     comptime Ring = DenseRing[N, STAGES, SHARERS]
-    comptime BYTES = Ring.BYTES + staging_bytes[D]()
-    var first_tma = create_tma_tile[D.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
-        ctx, TileTensor(first, row_major(Coord(output.features(), depth)))
-    )
-    var second_tma = create_tma_tile[D.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
-        ctx, TileTensor(second, row_major(Coord(output.features(), depth)))
-    )
+    comptime BYTES = Ring.BYTES + STAGING_BYTES
+    var first_tma = create_tma_tile[
+        TILE_M // D.TENSORS, TILE_K, swizzle_mode=SWIZZLE
+    ](ctx, TileTensor(first, row_major(Coord(output.features(), depth))))
+    var second_tma = create_tma_tile[
+        TILE_M // D.TENSORS, TILE_K, swizzle_mode=SWIZZLE
+    ](ctx, TileTensor(second, row_major(Coord(output.features(), depth))))
     var x_tma = create_tma_tile[Ring.TOKEN_ROWS, TILE_K, swizzle_mode=SWIZZLE](
         ctx, TileTensor(x, row_major(Coord(tokens, depth)))
     )

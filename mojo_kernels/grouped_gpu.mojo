@@ -41,6 +41,15 @@ comptime MIDDLE_SHARERS = 2
 comptime MANY_SHARERS = 2
 """Likewise from `MANY_TOKENS` on."""
 
+comptime FEW_BOX = 32
+"""Tokens that one copy brings, up to `FEW_TOKENS`."""
+
+comptime MIDDLE_BOX = 32
+"""Likewise between `FEW_TOKENS` and `MANY_TOKENS`."""
+
+comptime MANY_BOX = 64
+"""Likewise from `MANY_TOKENS` on."""
+
 
 def gate_up_grouped(
     act: BFloats,
@@ -176,11 +185,11 @@ def _multiply[
         )
 
     if tokens <= FEW_TOKENS:
-        launch[64, 8, FEW_SHARERS, 8]()
+        launch[64, 8, FEW_SHARERS, FEW_BOX]()
     elif tokens < MANY_TOKENS:
-        launch[128, 6, MIDDLE_SHARERS, 16]()
+        launch[128, 6, MIDDLE_SHARERS, MIDDLE_BOX]()
     else:
-        launch[256, 4, MANY_SHARERS, 16]()
+        launch[256, 4, MANY_SHARERS, MANY_BOX]()
 
 
 def down_grouped[

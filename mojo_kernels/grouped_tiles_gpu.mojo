@@ -2,7 +2,10 @@
 
 from std.math import ceildiv
 
-from .operands import Ids
+comptime SharedOffsets = Pointer[
+    Int32, MutUntrackedOrigin, address_space=AddressSpace.SHARED
+]
+"""The experts' offsets as the tiles are found from them: in shared memory, since every tile looks at several."""
 
 comptime TILE_M = 128
 """Rows of weights in a tile."""
@@ -20,7 +23,7 @@ struct TileWalk[MAX_N: Int](ImplicitlyCopyable):
     assignments `begin` to `end` count.
     """
 
-    var offsets: Ids
+    var offsets: SharedOffsets
     var experts: Int
     var row_tiles: Int
     var begin: Int
@@ -38,7 +41,7 @@ struct TileWalk[MAX_N: Int](ImplicitlyCopyable):
     @always_inline
     def __init__(
         out self,
-        offsets: Ids,
+        offsets: SharedOffsets,
         experts: Int,
         row_tiles: Int,
         begin: Int,

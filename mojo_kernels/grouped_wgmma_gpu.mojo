@@ -25,12 +25,25 @@ from max.gpu.primitives.grid_controls import (
     wait_on_dependent_grids,
 )
 from std.math import ceildiv
+from std.sys import size_of
 from std.utils.index import IndexList
 from std.utils.static_tuple import StaticTuple
 
 from .dense_output_gpu import PairedOutput
-from .dense_ring_gpu import BF16, DenseRing, LOADER, SWIZZLE, THREADS
-from .dense_store_gpu import ResultRows, staging_bytes, staging_of, store_tile
+from .dense_ring_gpu import (
+    BF16,
+    DenseRing,
+    LOADER,
+    SWIZZLE,
+    THREADS,
+    prefetch_box,
+)
+from .dense_store_gpu import (
+    ResultRows,
+    STAGING_BYTES,
+    multiply_tile,
+    staging_of,
+)
 from .grouped_tiles_gpu import TILE_K, TILE_M, TileWalk
 from .operands import Elements, Ids, elements
 
@@ -39,6 +52,10 @@ comptime PROMOTION = TensorMapL2Promotion.L2_256B
 
 comptime EVICTION = CacheEviction.EVICT_FIRST
 """An expert's weights are read once, or a few times soon after one another."""
+
+comptime PREFETCH = 8
+"""Stages of weights that the second-level cache is asked for before they are copied: the ring alone is too short for
+the memory's latency under load."""
 
 
 trait GroupedRows(ResultRows):
@@ -68,6 +85,10 @@ struct SortedRows(GroupedRows, ImplicitlyCopyable):
     def row(self, token: Int) -> Int:
         return self.slot + token if token < self.tokens else -1
 
+    @always_inline
+    def behind(self, tokens: Int) -> Self:
+        return Self(self.slot + tokens, self.tokens - tokens)
+
 
 @fieldwise_init
 struct AssignmentRows(GroupedRows, ImplicitlyCopyable):
@@ -86,6 +107,12 @@ struct AssignmentRows(GroupedRows, ImplicitlyCopyable):
         if token >= self.tokens:
             return -1
         return Int(self.assignments[unsafe_offset=token])
+
+    @always_inline
+    def behind(self, tokens: Int) -> Self:
+        return Self(
+            self.assignments.unsafe_offset(tokens), self.tokens - tokens
+        )
 
 
 @always_inline
@@ -141,8 +168,14 @@ def grouped_wgmma[
         cluster_sync()
     wait_on_dependent_grids()
     launch_dependent_grids()
+    var shared_offsets = ring.base.unsafe_offset(
+        (ring.BYTES + STAGING_BYTES) // 2
+    ).unsafe_bitcast[Int32]()
+    for e in range(Int(thread_idx.x), Int(experts) + 1, THREADS):
+        shared_offsets[unsafe_offset=e] = offsets[unsafe_offset=e]
+    barrier()
     var walk = TileWalk[MAX_N](
-        elements(offsets),
+        shared_offsets,
         Int(experts),
         ceildiv(Int(features), SHARERS * ROWS),
         Int(slot_begin),
@@ -152,19 +185,36 @@ def grouped_wgmma[
     var tile = Int(block_idx.x) // SHARERS
     var clusters = Int(grid_dim.x) // SHARERS
     if warp == LOADER:
+        if lane_id() != 0:
+            return
+        var ahead = WeightStages[MAX_N, SHARERS](walk, tile)
+
+        @always_inline
+        def prefetch() {mut ahead, imm}:
+            ahead.prefetch[D.TENSORS](
+                first,
+                second,
+                Int(expert_rows),
+                Int(row_begin),
+                Int(depth),
+                rank,
+                clusters,
+            )
+
+        for _ in range(PREFETCH):
+            prefetch()
         while walk.find(tile):
             tile += clusters
             var boxes = ceildiv(walk.tokens, BOX)
             var row = (walk.row_tile * SHARERS + rank) * ROWS
             row += walk.expert * Int(expert_rows) + Int(row_begin)
-            var box = Int(lane_id()) * SHARERS + rank
             for k in range(0, Int(depth), TILE_K):
+                comptime if PREFETCH > 0:
+                    prefetch()
                 ring.wait_empty()
                 ring.expect(boxes * BOX)
-                ring.load_weights[D.BOX_ROWS, D.TENSORS, EVICTION](
-                    first, second, row, k
-                )
-                if box < boxes:
+                ring.load_tile[D.TENSORS, EVICTION](first, second, row, k)
+                for box in range(rank, boxes, SHARERS):
                     ring.load_box[BOX](
                         x, box, walk.slot - Int(slot_begin) + box * BOX, k
                     )
@@ -176,7 +226,7 @@ def grouped_wgmma[
                 ring.step()
         return
     var group = warp // 4
-    var staging = staging_of[D](ring.base, ring.BYTES, group)
+    var staging = staging_of(ring.base, ring.BYTES, group)
     while walk.find(tile):
         tile += clusters
         var row = (walk.row_tile * SHARERS + rank) * ROWS
@@ -184,14 +234,62 @@ def grouped_wgmma[
             comptime N = widths[MAX_N]()[v]
             comptime LESS = widths[MAX_N]()[v - 1] if v > 0 else 0
             if walk.tokens > LESS and walk.tokens <= N:
-                store_tile(
+                multiply_tile[N](
                     output,
                     R.of(elements(rows), walk.slot, walk.tokens),
-                    ring.multiply[N](group, ceildiv(Int(depth), TILE_K)),
+                    ring,
+                    ceildiv(Int(depth), TILE_K),
                     staging,
                     group,
-                    row + group * (ROWS // 2),
+                    row,
                 )
+
+
+struct WeightStages[MAX_N: Int, SHARERS: Int](ImplicitlyCopyable):
+    """The stages of weights that a block will read, one after the other over all of its tiles.
+    """
+
+    var walk: TileWalk[Self.MAX_N]
+    var tile: Int
+    var column: Int
+    var live: Bool
+
+    @always_inline
+    def __init__(out self, walk: TileWalk[Self.MAX_N], tile: Int):
+        self.walk = walk
+        self.tile = tile
+        self.column = 0
+        self.live = True
+
+    @always_inline
+    def prefetch[
+        TENSORS: Int, shape: Coord, desc: Coord
+    ](
+        mut self,
+        first: TMATensorTile[BF16, shape, desc],
+        second: TMATensorTile[BF16, shape, desc],
+        expert_rows: Int,
+        row_begin: Int,
+        depth: Int,
+        rank: Int,
+        clusters: Int,
+    ):
+        """Asks the second-level cache for the next stage."""
+        if self.column == 0:
+            self.live = self.walk.find(self.tile)
+            self.tile += clusters
+        if not self.live:
+            return
+        var row = (self.walk.row_tile * Self.SHARERS + rank) * (
+            TILE_M // TENSORS
+        )
+        row += self.walk.expert * expert_rows + row_begin
+        prefetch_box(first, row, self.column)
+        comptime if TENSORS == 2:
+            prefetch_box(second, row, self.column)
+        self.column += TILE_K
+        if self.column >= depth:
+            self.column = 0
 
 
 @fieldwise_init
@@ -254,11 +352,12 @@ def launch_grouped_wgmma[
         ctx: The device.
     """
     comptime Ring = DenseRing[MAX_N, STAGES, SHARERS]
-    comptime BYTES = Ring.BYTES + staging_bytes[D]()
+    comptime BYTES = Ring.BYTES + STAGING_BYTES
+    var bytes = BYTES + (shape.experts + 1) * size_of[DType.int32]()
     var weight_rows = shape.experts * shape.expert_rows
-    var first_tma = create_tma_tile[D.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
-        ctx, TileTensor(first, row_major(Coord(weight_rows, shape.depth)))
-    )
+    var first_tma = create_tma_tile[
+        TILE_M // D.TENSORS, TILE_K, swizzle_mode=SWIZZLE
+    ](ctx, TileTensor(first, row_major(Coord(weight_rows, shape.depth))))
 
     def promoted(
         weights: Elements[BF16], out map: type_of(first_tma)
@@ -268,7 +367,7 @@ def launch_grouped_wgmma[
             DeviceBuffer[BF16](ctx, weights, 1, owning=False),
             IndexList[2](weight_rows, shape.depth),
             IndexList[2](shape.depth, 1),
-            IndexList[2](D.BOX_ROWS, TILE_K),
+            IndexList[2](TILE_M // D.TENSORS, TILE_K),
         )
 
     var x_tma = create_tma_tile[BOX, TILE_K, swizzle_mode=SWIZZLE](
@@ -309,9 +408,9 @@ def launch_grouped_wgmma[
         grid_dim=ctx.default_device_info.sm_count // SHARERS * SHARERS,
         block_dim=THREADS,
         cluster_dim=Dim(SHARERS),
-        shared_mem_bytes=BYTES,
+        shared_mem_bytes=bytes,
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(BYTES)
+            UInt32(bytes)
         ),
         attributes=pdl_launch_attributes(PDLLevel.ON),
     )

@@ -106,7 +106,7 @@ def test_cores_taken_are_all_work_but_our_own(tmp_path: Path) -> None:
 
 
 def test_a_prefill_case_keeps_the_prompt_and_a_decode_case_the_steps_after_it() -> None:
-    prefill, decode = make_cases(prefill=[64], batches=[4], context=32, decode_steps=3)
+    prefill, decode = make_cases(prefill=[64], batches=[4], contexts=[32], decode_steps=3)
     prefill.keep([0.5])
     decode.keep([0.5, 0.1, 0.2, 0.3])
     assert (prefill.seconds, prefill.forward, prefill.longest) == ([0.5], Forward(1, 64, 64), 65)

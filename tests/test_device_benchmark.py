@@ -22,13 +22,17 @@ from step3p5.parallel_plan import parallel_plan
 
 
 def test_a_cpu_returns_tokens_in_the_step_that_makes_them() -> None:
-    assert as_passes("cpu", [3.0, 1.0, 1.5]) == [3.0, 1.0, 1.5]
+    assert as_passes([3.0, 1.0, 1.5], 2) == [3.0, 1.0, 1.5]
     assert max_settings("cpu", None) == {}
 
 
 def test_a_gpu_returns_them_one_step_later() -> None:
-    assert as_passes("gpu", [0.5, 2.5, 1.0, 1.5]) == [3.0, 1.0, 1.5]
-    assert as_passes("gpu:0", [0.5, 2.5]) == [3.0]
+    assert as_passes([0.5, 2.5, 1.0, 1.5], 2) == [3.0, 1.0, 1.5]
+    assert as_passes([0.5, 2.5], 0) == [3.0]
+
+
+def test_a_prompt_read_in_pieces_is_one_pass() -> None:
+    assert as_passes([1.0, 1.0, 1.0, 0.5, 0.25], 2) == [3.0, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("folder", [None, "mefs"])
