@@ -5,8 +5,8 @@
 
 `run` checks every result against PyTorch in float32 on the same bfloat16 weights (outputs are written to memory that
 held NaN), that the same input gives the same bits and that a NaN stays in its token, and measures the copy rate from
-which the floor follows: the bytes of the experts that the tokens hit over that rate. Times are medians of back-to-back
-launches, each with other experts or too large for the cache. Sizes are Step-3.5-Flash's.
+which the floor follows: the bytes of the experts that the tokens hit over that rate. Times are medians of replays of a
+captured graph of launches, each with other experts or too large for the cache. Sizes are Step-3.5-Flash's.
 
 `--set FILE.NAME=VALUE` compiles with another value of a kernel constant, under the name of `--variant`.
 """
@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if "compile" in sys.argv[1:2]:
+if sys.argv[1:2] and sys.argv[1].startswith("compile"):
     from max.driver import set_virtual_device_api, set_virtual_device_count, set_virtual_device_target_arch
 
     set_virtual_device_api("cuda")
@@ -34,7 +36,7 @@ if "compile" in sys.argv[1:2]:
 
 from max.driver import Accelerator
 from max.engine import InferenceSession
-from moe_graphs import GRAPHS, REPEATS
+from moe_graphs import GRAPHS
 
 from step3p5 import custom_ops
 from step3p5.kernel_package import compiled_package, kernels_path
@@ -45,15 +47,13 @@ class Variant:
     """Kernels with other constants, and the graphs to compile of them."""
 
     constants: tuple[str, ...]
-    graphs: tuple[tuple[str, int], ...]
+    graphs: tuple[str, ...]
 
 
-ALL_GRAPHS = tuple((name, repeats) for name, (_, all_repeats) in GRAPHS.items() for repeats in all_repeats)
-MIDDLE = (("experts", REPEATS[512]),)
 VARIANTS = {
-    "default": Variant((), ALL_GRAPHS),
-    "streamed": Variant(("crossover.GROUPED_FROM_TOKENS=1000000",), MIDDLE),
-    "grouped": Variant(("crossover.GROUPED_FROM_TOKENS=1",), MIDDLE),
+    "default": Variant((), tuple(GRAPHS)),
+    "streamed": Variant(("crossover.GROUPED_FROM_TOKENS=1000000",), ("experts",)),
+    "grouped": Variant(("crossover.GROUPED_FROM_TOKENS=1",), ("experts",)),
 }
 """What `compile` makes without `--variant`: the kernels as they are, and both paths for the crossover."""
 
@@ -83,16 +83,23 @@ def kernels_with(constants: tuple[str, ...]) -> Iterator[None]:
             custom_ops.use_kernels(*before)
 
 
+def compile_one(file: Path, graph: str, constants: tuple[str, ...]) -> None:
+    """Writes one graph; in a process of its own, for a session's later files hold the kernels of the earlier ones."""
+    with kernels_with(constants):
+        InferenceSession(devices=[Accelerator()]).compile(GRAPHS[graph]()).export_mef(file)
+    print(file, flush=True)
+    os._exit(0)  # with virtual devices, MAX's threads can abort the interpreter's ordinary exit
+
+
 def compile_variants(folder: Path, variants: dict[str, Variant]) -> None:
-    """Writes `DIR/VARIANT/GRAPH-REPEATS.mef`."""
-    session = InferenceSession(devices=[Accelerator()])
+    """Writes `DIR/VARIANT/GRAPH.mef`."""
     for name, variant in variants.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        with kernels_with(variant.constants):
-            for graph, repeats in variant.graphs:
-                file = folder / name / f"{graph}-{repeats}.mef"
-                session.compile(GRAPHS[graph][0](repeats)).export_mef(file)
-                print(f"{name}/{file.name}", flush=True)
+        for graph in variant.graphs:
+            command = [sys.executable, __file__, "compile-one", str(folder / name / f"{graph}.mef"), graph]
+            with tempfile.TemporaryDirectory() as cache:
+                environment = dict(os.environ, MODULAR_MAX_CACHE_DIR=cache, MODULAR_CACHE_DIR=cache)
+                subprocess.run([*command, *variant.constants], check=True, env=environment)
 
 
 def main() -> None:
@@ -102,7 +109,11 @@ def main() -> None:
     compiling.add_argument("folder", type=Path, metavar="DIR")
     compiling.add_argument("--variant", help="name of one variant to compile: a known one, or a new one with --set")
     compiling.add_argument("--set", action="append", default=[], metavar="FILE.NAME=VALUE", dest="constants")
-    compiling.add_argument("--repeats", type=int, choices=REPEATS.values(), help="only graphs of so many launches")
+    compiling.add_argument("--graphs", nargs="+", choices=GRAPHS, help="only these (default: the variant's)")
+    one = commands.add_parser("compile-one", help="one graph (used by compile)")
+    one.add_argument("file", type=Path)
+    one.add_argument("graph", choices=GRAPHS)
+    one.add_argument("constants", nargs="*")
     running = commands.add_parser("run", help="check and measure on this machine's GPU")
     running.add_argument("folder", type=Path, metavar="DIR")
     running.add_argument("--variants", nargs="+", default=None, help="default: all in DIR")
@@ -114,15 +125,14 @@ def main() -> None:
 
         moe_run.run(args.folder, args.variants, args.tokens, args.json)
         return
+    if args.command == "compile-one":
+        compile_one(args.file, args.graph, tuple(args.constants))
     variants = VARIANTS
     if args.variant is not None:
-        known = VARIANTS.get(args.variant, Variant((), ALL_GRAPHS))
+        known = VARIANTS.get(args.variant, Variant((), tuple(GRAPHS)))
         variants = {args.variant: dataclasses.replace(known, constants=known.constants + tuple(args.constants))}
-    if args.repeats is not None:
-        variants = {
-            name: dataclasses.replace(v, graphs=tuple(g for g in v.graphs if g == ("experts", args.repeats)))
-            for name, v in variants.items()
-        }
+    if args.graphs is not None:
+        variants = {name: dataclasses.replace(each, graphs=tuple(args.graphs)) for name, each in variants.items()}
     compile_variants(args.folder, variants)
 
 

@@ -18,30 +18,27 @@ SCALE = 3.0
 GPU = DeviceRef.GPU()
 BF16, F32, I32 = DType.bfloat16, DType.float32, DType.int32
 
-REPEATS = {16: 64, 512: 16, 8192: 4}
-"""Launches of a graph by the number of tokens up to which they are used."""
+LAUNCHES = 8
+"""Launches of a graph, each with other operands: together they read far more than the second-level cache holds."""
 
-LAYER_REPEATS = REPEATS[512]
-"""Launches of the whole layer's graph."""
-
-Build = Callable[[int], Graph]
+Build = Callable[[], Graph]
 
 
 def no_limit() -> TensorValue:
     return ops.constant(float("inf"), F32, device=DeviceRef.CPU())
 
 
-def experts_graph(repeats: int) -> Graph:
+def experts_graph() -> Graph:
     """(x, gate, up, down, then rows, offsets and weights of every launch) -> y of every launch."""
     types = [TensorType(BF16, shape, GPU) for shape in (("T", HIDDEN), *2 * ((EXPERTS, WIDTH, HIDDEN),))]
     types.append(TensorType(BF16, (EXPERTS, HIDDEN, WIDTH), GPU))
-    for _ in range(repeats):
+    for _ in range(LAUNCHES):
         types += [TensorType(I32, ("A",), GPU), TensorType(I32, (EXPERTS + 1,), GPU)]
         types.append(TensorType(F32, ("T", TOP_K), GPU))
     with Graph("experts", input_types=types) as graph:
         x, gate, up, down, *launches = (value.tensor for value in graph.inputs)
         outputs = []
-        for i in range(repeats):
+        for i in range(LAUNCHES):
             rows, offsets, weights = launches[3 * i : 3 * i + 3]
             act = kernels.gate_up(x, gate, up, rows, offsets, no_limit())
             outputs.append(kernels.down(act, down, rows, offsets, weights))
@@ -49,12 +46,12 @@ def experts_graph(repeats: int) -> Graph:
     return graph
 
 
-def layer_graph(repeats: int) -> Graph:
+def layer_graph() -> Graph:
     """(router, bias, gate, up, down, shared gate, up and down, then x of every launch) -> y of every launch."""
     types = [TensorType(BF16, (EXPERTS, HIDDEN), GPU), TensorType(F32, (EXPERTS,), GPU)]
     types += 2 * [TensorType(BF16, (EXPERTS, WIDTH, HIDDEN), GPU)] + [TensorType(BF16, (EXPERTS, HIDDEN, WIDTH), GPU)]
     types += 2 * [TensorType(BF16, (WIDTH, HIDDEN), GPU)] + [TensorType(BF16, (HIDDEN, WIDTH), GPU)]
-    types += repeats * [TensorType(BF16, ("T", HIDDEN), GPU)]
+    types += LAUNCHES * [TensorType(BF16, ("T", HIDDEN), GPU)]
     with Graph("layer", input_types=types) as graph:
         router, bias, gate, up, down, *shared = (value.tensor for value in graph.inputs[:8])
         outputs = []
@@ -70,9 +67,9 @@ def layer_graph(repeats: int) -> Graph:
     return graph
 
 
-def route_graph(repeats: int) -> Graph:
+def route_graph() -> Graph:
     """(bias, then logits of every launch) -> ids and weights of every launch."""
-    types = [TensorType(F32, (EXPERTS,), GPU), *repeats * [TensorType(F32, ("T", EXPERTS), GPU)]]
+    types = [TensorType(F32, (EXPERTS,), GPU), *LAUNCHES * [TensorType(F32, ("T", EXPERTS), GPU)]]
     with Graph("route", input_types=types) as graph:
         bias, *launches = (value.tensor for value in graph.inputs)
         routed = [kernels.route(logits, bias, top_k=TOP_K, normalize=True, scale=SCALE) for logits in launches]
@@ -80,18 +77,17 @@ def route_graph(repeats: int) -> Graph:
     return graph
 
 
-def group_graph(repeats: int) -> Graph:
+def group_graph() -> Graph:
     """(ids of every launch) -> rows and offsets of every launch."""
-    with Graph("group", input_types=repeats * [TensorType(I32, ("T", TOP_K), GPU)]) as graph:
+    with Graph("group", input_types=LAUNCHES * [TensorType(I32, ("T", TOP_K), GPU)]) as graph:
         grouped = [kernels.group(ids.tensor, num_experts=EXPERTS) for ids in graph.inputs]
         graph.output(*(result for pair in grouped for result in pair))
     return graph
 
 
-GRAPHS: dict[str, tuple[Build, tuple[int, ...]]] = {
-    "experts": (experts_graph, tuple(REPEATS.values())),
-    "layer": (layer_graph, (LAYER_REPEATS,)),
-    "route": (route_graph, (REPEATS[16],)),
-    "group": (group_graph, (REPEATS[16],)),
+GRAPHS: dict[str, Build] = {
+    "experts": experts_graph,
+    "layer": layer_graph,
+    "route": route_graph,
+    "group": group_graph,
 }
-"""Every op's graph, and the numbers of launches to compile it with."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from max.driver import Buffer
 from max.engine import Model
-from moe_graphs import EXPERTS, HIDDEN, SCALE, TOP_K, WIDTH
+from moe_graphs import EXPERTS, HIDDEN, LAUNCHES, SCALE, TOP_K, WIDTH
 
 DEVICE = "cuda"
 MATRIX_BYTES = 2 * HIDDEN * WIDTH
@@ -60,11 +60,10 @@ class Layer:
 
 def measure_layer(
     execute: Callable[[Model, Sequence[Buffer]], list[torch.Tensor]],
-    seconds: Callable[[Model, Sequence[Buffer], int], list[float]],
+    seconds: Callable[[Model, Sequence[Buffer]], list[float]],
     routed: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     experts: Sequence[Buffer],
     model: Model,
-    launches: int,
     tokens: int,
     rate: float,
 ) -> LayerRow:
@@ -76,12 +75,11 @@ def measure_layer(
         routed: The routed experts' result in float32, of tokens, their experts and weights.
         experts: The routed experts' matrices.
         model: The graph.
-        launches: Launches of the graph.
         tokens: Tokens of a launch.
         rate: The floor's TB/s.
     """
     layer = Layer()
-    xs = [torch.randn(tokens, HIDDEN, device=DEVICE).to(torch.bfloat16) for _ in range(launches)]
+    xs = [torch.randn(tokens, HIDDEN, device=DEVICE).to(torch.bfloat16) for _ in range(LAUNCHES)]
     fixed = layer.buffers(experts)
 
     def operands(first: torch.Tensor) -> list[Buffer]:
@@ -92,7 +90,7 @@ def measure_layer(
     outputs = execute(model, operands(xs[0]))
     first = outputs[0].clone()
     errors = []
-    for i in (0, launches - 1):
+    for i in (0, LAUNCHES - 1):
         expected = routed(xs[i], *layer.route(xs[i])) + layer.shared(xs[i])
         errors.append(float((outputs[i].float() - expected).norm() / expected.norm()))
     del outputs
@@ -102,7 +100,7 @@ def measure_layer(
     with_nan = execute(model, operands(broken))[0]
     hit = statistics.mean(len(layer.route(x)[0].unique()) for x in xs)
     floor = ((3 * hit + 3) * MATRIX_BYTES + 2 * EXPERTS * HIDDEN) / (rate * 1e12)
-    time = statistics.median(seconds(model, operands(xs[0]), launches))
+    time = statistics.median(seconds(model, operands(xs[0])))
     return LayerRow(
         tokens=tokens,
         experts_hit=hit,

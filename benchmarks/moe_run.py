@@ -15,13 +15,16 @@ from bandwidth import usable_cores
 from max.driver import Accelerator, Buffer
 from max.engine import InferenceSession, Model
 from max.engine.api import read
-from moe_graphs import EXPERTS, HIDDEN, LAYER_REPEATS, REPEATS, SCALE, TOP_K, WIDTH
+from moe_graphs import EXPERTS, HIDDEN, LAUNCHES, SCALE, TOP_K, WIDTH
 from moe_layer import LayerRow, measure_layer
 from report import Environment, format_table, write_json
 
 DEVICE = "cuda"
 ROUNDS = 6
-"""Executions of a graph that are timed, after one that is not."""
+"""Measurements of a graph, after one that does not count."""
+
+ROUND_SECONDS, MOST_REPLAYS = 0.01, 20
+"""A measurement is of as many replays behind one another as take so long, but of no more than so many."""
 
 VLLM_MS = dict(
     zip(
@@ -179,18 +182,26 @@ class Machine:
         self.device.synchronize()
         return [torch.from_dlpack(output) for output in outputs]
 
-    def seconds(self, model: Model, operands: Sequence[Buffer], launches: int) -> list[float]:
-        """Seconds a launch, of every timed execution."""
+    def seconds(self, model: Model, operands: Sequence[Buffer]) -> list[float]:
+        """Seconds a launch, of every measurement: replays of the captured graph, which wait for no host."""
+        key = 1
         torch.cuda.synchronize()
-        times = []
-        for _ in range(ROUNDS + 1):
-            self.device.synchronize()
+        outputs = model.capture(key, *operands)
+        self.device.synchronize()
+
+        def replay(times: int) -> float:
             start = time.perf_counter()
-            outputs = model.execute(*operands)
+            for _ in range(times):
+                model.replay(key, *operands)
             self.device.synchronize()
-            times.append((time.perf_counter() - start) / launches)
-            del outputs
-        return times[1:]
+            return (time.perf_counter() - start) / times
+
+        replay(1)
+        times = min(MOST_REPLAYS, max(1, int(ROUND_SECONDS / replay(1))))
+        seconds = [replay(times) / LAUNCHES for _ in range(ROUNDS + 1)]
+        del outputs
+        model.release_captured_graph(key)
+        return seconds[1:]
 
     @staticmethod
     def memory_rates() -> tuple[float, float]:
@@ -219,7 +230,6 @@ def measure_experts(
     machine: Machine,
     experts: Experts,
     model: Model,
-    launches: int,
     variant: str,
     routing: str,
     tokens: int,
@@ -227,7 +237,7 @@ def measure_experts(
 ) -> Row:
     """Checks one graph at one size, then times it."""
     x = torch.randn(tokens, HIDDEN, device=DEVICE).to(torch.bfloat16)
-    routings = [Routing.of(ROUTINGS[routing](tokens)) for _ in range(launches)]
+    routings = [Routing.of(ROUTINGS[routing](tokens)) for _ in range(LAUNCHES)]
     fixed = experts.buffers()
     varied = [buffer for each in routings for buffer in each.buffers()]
 
@@ -238,7 +248,7 @@ def measure_experts(
     del poisoned
     outputs = execute(x)
     first = [y.clone() for y in outputs[:2]]
-    errors = [relative_error(outputs[i], experts.reference(x, routings[i])) for i in (0, launches - 1)]
+    errors = [relative_error(outputs[i], experts.reference(x, routings[i])) for i in (0, LAUNCHES - 1)]
     del outputs
     again = execute(x)
     same_bits = all(torch.equal(a, b) for a, b in zip(first, again, strict=False))
@@ -248,7 +258,7 @@ def measure_experts(
     with_nan = execute(broken)[0]
     contained = bool(with_nan[0].isnan().all()) and torch.equal(with_nan[1:], first[0][1:])
     del with_nan
-    times = machine.seconds(model, [Buffer.from_dlpack(x), *fixed, *varied], launches)
+    times = machine.seconds(model, [Buffer.from_dlpack(x), *fixed, *varied])
     median = statistics.median(times)
     hit = statistics.mean(each.experts_hit() for each in routings)
     floor = hit * 3 * HIDDEN * WIDTH * 2 / (rate * 1e12)
@@ -268,9 +278,9 @@ def measure_experts(
     )
 
 
-def measure_route(machine: Machine, model: Model, launches: int, tokens: int) -> SmallRow:
+def measure_route(machine: Machine, model: Model, tokens: int) -> SmallRow:
     """The router against float64."""
-    logits = [torch.randn(tokens, EXPERTS, device=DEVICE) for _ in range(launches)]
+    logits = [torch.randn(tokens, EXPERTS, device=DEVICE) for _ in range(LAUNCHES)]
     bias = torch.randn(EXPERTS, device=DEVICE) * 0.1
     operands = [Buffer.from_dlpack(tensor) for tensor in (bias, *logits)]
     ids, weights = machine.execute(model, operands)[:2]
@@ -280,19 +290,19 @@ def measure_route(machine: Machine, model: Model, launches: int, tokens: int) ->
     chosen = scores.gather(1, expected)
     chosen = chosen / (chosen.sum(1, keepdim=True) + 1e-20) * SCALE
     correct = torch.equal(ids.long(), expected) and torch.allclose(weights, chosen, rtol=1e-5, atol=0)
-    return SmallRow("route", tokens, 1e6 * statistics.median(machine.seconds(model, operands, launches)), correct)
+    return SmallRow("route", tokens, 1e6 * statistics.median(machine.seconds(model, operands)), correct)
 
 
-def measure_group(machine: Machine, model: Model, launches: int, tokens: int) -> SmallRow:
+def measure_group(machine: Machine, model: Model, tokens: int) -> SmallRow:
     """The grouping against a stable sort, half of the launches with all tokens on eight experts."""
-    routings = [Routing.of((random_ids if i % 2 else eight_ids)(tokens)) for i in range(launches)]
+    routings = [Routing.of((random_ids if i % 2 else eight_ids)(tokens)) for i in range(LAUNCHES)]
     operands = [Buffer.from_dlpack(each.ids) for each in routings]
     outputs = machine.execute(model, operands)
     correct = all(
         torch.equal(outputs[2 * i], each.rows) and torch.equal(outputs[2 * i + 1], each.offsets)
         for i, each in enumerate(routings)
     )
-    return SmallRow("group", tokens, 1e6 * statistics.median(machine.seconds(model, operands, launches)), correct)
+    return SmallRow("group", tokens, 1e6 * statistics.median(machine.seconds(model, operands)), correct)
 
 
 def show(report: Report) -> None:
@@ -367,43 +377,30 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
     experts = Experts()
     names = variants if variants is not None else sorted(path.name for path in folder.iterdir() if path.is_dir())
     for variant in names:
-        for launches in REPEATS.values():
-            file = folder / variant / f"experts-{launches}.mef"
-            sizes = [t for t in tokens if launches == next(n for limit, n in REPEATS.items() if t <= limit)]
-            if not file.exists() or not sizes:
-                continue
+        file = folder / variant / "experts.mef"
+        if file.exists():
             model = machine.load(file)
             for routing in ROUTINGS:
-                for size in sizes:
-                    report.experts.append(
-                        measure_experts(machine, experts, model, launches, variant, routing, size, copy_rate)
-                    )
+                for size in tokens:
+                    report.experts.append(measure_experts(machine, experts, model, variant, routing, size, copy_rate))
                     gc.collect()
             del model
-        file = folder / variant / f"layer-{LAYER_REPEATS}.mef"
+        file = folder / variant / "layer.mef"
         if file.exists():
             model = machine.load(file)
             report.layer += [
                 measure_layer(
-                    machine.execute,
-                    machine.seconds,
-                    experts.routed,
-                    experts.buffers(),
-                    model,
-                    LAYER_REPEATS,
-                    size,
-                    copy_rate,
+                    machine.execute, machine.seconds, experts.routed, experts.buffers(), model, size, copy_rate
                 )
                 for size in tokens
                 if size <= LAYER_TOKENS
             ]
         small: tuple[tuple[str, Callable[..., SmallRow]], ...] = (("route", measure_route), ("group", measure_group))
         for op, measure in small:
-            launches = next(iter(REPEATS.values()))
-            file = folder / variant / f"{op}-{launches}.mef"
+            file = folder / variant / f"{op}.mef"
             if file.exists():
                 model = machine.load(file)
-                report.small += [measure(machine, model, launches, size) for size in tokens]
+                report.small += [measure(machine, model, size) for size in tokens]
     show(report)
     write_json(json, report)
     wrong: list[Any] = [row for row in report.small if not row.correct]

@@ -18,7 +18,6 @@ from max.gpu.memory import (
     fence_mbarrier_init,
 )
 from std.memory import unsafe_stack_allocation
-from std.sys._assembly import inlined_assembly
 from std.utils.static_tuple import StaticTuple
 
 from .grouped_tiles_gpu import TILE_K, TILE_M
@@ -369,19 +368,3 @@ def descriptor(tile: SharedTile) -> WGMMADescriptor[BF16]:
     """Of swizzled rows of `TILE_K` columns: 8 rows are 64 units of 16 bytes, and a step along k is 32 bytes into a row.
     """
     return WGMMADescriptor.create[64, 1, SWIZZLE](tile)
-
-
-@always_inline
-def prefetch_box[
-    shape: Coord, desc: Coord
-](map: TMATensorTile[BF16, shape, desc], row: Int, column: Int):
-    """The calling thread asks the second-level cache for a box of weights."""
-    inlined_assembly[
-        "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [$0, {$1, $2}];",
-        NoneType,
-        constraints="l,r,r,~{memory}",
-    ](
-        Int(Pointer(to=map.descriptor)),
-        Int32(column),
-        Int32(row),
-    )

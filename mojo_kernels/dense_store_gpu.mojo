@@ -16,6 +16,16 @@ comptime STAGED_TOKENS = 64
 trait ResultRows(Deinitable, ImplicitlyCopyable):
     """Where the results of a tile's tokens go."""
 
+    def fetch(self):
+        """Starts to bring what `row` looks at; by all threads of a warp group, each a part.
+        """
+        ...
+
+    def wait(self):
+        """Waits until the calling thread's part is there; a barrier of the group must follow.
+        """
+        ...
+
     def row(self, token: Int) -> Int:
         """Row of the tile's `token`; negative where there is none."""
         ...
@@ -32,6 +42,14 @@ struct TokenRange(ImplicitlyCopyable, ResultRows):
 
     var first: Int
     var end: Int
+
+    @always_inline
+    def fetch(self):
+        pass
+
+    @always_inline
+    def wait(self):
+        pass
 
     @always_inline
     def row(self, token: Int) -> Int:
@@ -82,14 +100,21 @@ def store_tile[
     var index = lane // 8
     var from_token = index // 2 * 8 + lane % 8
     var from_piece = thread // 32 * 2 + index % 2
+    rows.wait()
     comptime for begin in range(0, N, STAGED_TOKENS):
         comptime COUNT = min(STAGED_TOKENS, N - begin)
         comptime PASSES = ceildiv(COUNT * PIECES, 128)
-        # Asked for early, since the answer may lie in memory.
-        var to_rows = StaticTuple[Int, PASSES](fill=-1)
-        comptime for i in range(PASSES):
-            to_rows[i] = rows.row(begin + (thread + i * 128) // PIECES)
         group_barrier(group)
+        # Looked up between the barriers: behind them the next tile's rows may come.
+        var to_rows = StaticTuple[Int32, PASSES](fill=-1)
+        comptime for i in range(PASSES):
+            var t = (thread + i * 128) // PIECES
+            # Behind `N` begins what another group stores.
+            comptime if (i + 1) * 128 <= COUNT * PIECES:
+                to_rows[i] = Int32(rows.row(begin + t))
+            else:
+                if t < COUNT:
+                    to_rows[i] = Int32(rows.row(begin + t))
         comptime for j in range(0, COUNT // 8, 2):
             var words = StaticTuple[UInt32, 4](fill=0)
             comptime for m in range(4):
@@ -118,7 +143,7 @@ def store_tile[
             var to = row + piece * 8
             if to_rows[i] >= 0 and to < output.features():
                 output.y.unsafe_offset(
-                    to_rows[i] * output.features() + to
+                    Int(to_rows[i]) * output.features() + to
                 ).unsafe_store[alignment=16](values)
 
 
@@ -154,6 +179,7 @@ def multiply_tile[
         group: Index of the warp group, 0 or 1.
         row: First result of the tile.
     """
+    rows.fetch()
     comptime if D.TENSORS == 1:
         var sums = ring.multiply[N](group, steps)
         store_tile(output.plain(), rows, sums, staging, group, row + group * 64)

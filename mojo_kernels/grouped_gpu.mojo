@@ -32,14 +32,8 @@ comptime FEW_TOKENS = 768
 comptime MANY_TOKENS = 3072
 """From so many tokens on, tiles of 256 columns."""
 
-comptime FEW_SHARERS = 2
-"""Blocks of a cluster that share an expert's tokens, up to `FEW_TOKENS`."""
-
-comptime MIDDLE_SHARERS = 2
-"""Likewise between `FEW_TOKENS` and `MANY_TOKENS`."""
-
-comptime MANY_SHARERS = 2
-"""Likewise from `MANY_TOKENS` on."""
+comptime SHARERS = 2
+"""Blocks of a cluster that share an expert's tokens."""
 
 comptime FEW_BOX = 32
 """Tokens that one copy brings, up to `FEW_TOKENS`."""
@@ -179,17 +173,17 @@ def _multiply[
 ) raises:
     """Enqueues the kernel for so many tokens."""
 
-    def launch[width: Int, stages: Int, sharers: Int, box: Int]() raises {imm}:
-        launch_grouped_wgmma[D, R, width, stages, sharers, box](
+    def launch[width: Int, stages: Int, box: Int]() raises {imm}:
+        launch_grouped_wgmma[D, R, width, stages, SHARERS, box](
             output, rows, offsets, first, second, x, shape, limit, ctx
         )
 
     if tokens <= FEW_TOKENS:
-        launch[64, 8, FEW_SHARERS, FEW_BOX]()
+        launch[64, 8, FEW_BOX]()
     elif tokens < MANY_TOKENS:
-        launch[128, 6, MIDDLE_SHARERS, MIDDLE_BOX]()
+        launch[128, 6, MIDDLE_BOX]()
     else:
-        launch[256, 4, MANY_SHARERS, MANY_BOX]()
+        launch[256, 4, MANY_BOX]()
 
 
 def down_grouped[

@@ -26,6 +26,7 @@ from max.gpu.primitives.grid_controls import (
 )
 from std.math import ceildiv
 from std.sys import size_of
+from std.sys._assembly import inlined_assembly
 from std.utils.index import IndexList
 from std.utils.static_tuple import StaticTuple
 
@@ -36,7 +37,6 @@ from .dense_ring_gpu import (
     LOADER,
     SWIZZLE,
     THREADS,
-    prefetch_box,
 )
 from .dense_store_gpu import (
     ResultRows,
@@ -53,9 +53,10 @@ comptime PROMOTION = TensorMapL2Promotion.L2_256B
 comptime EVICTION = CacheEviction.EVICT_FIRST
 """An expert's weights are read once, or a few times soon after one another."""
 
-comptime PREFETCH = 8
-"""Stages of weights that the second-level cache is asked for before they are copied: the ring alone is too short for
-the memory's latency under load."""
+comptime Places = Pointer[
+    Int32, MutUntrackedOrigin, address_space=AddressSpace.SHARED
+]
+"""Shared memory of a warp group for the assignments of a tile."""
 
 
 trait GroupedRows(ResultRows):
@@ -63,7 +64,7 @@ trait GroupedRows(ResultRows):
     """
 
     @staticmethod
-    def of(rows: Ids, slot: Int, tokens: Int) -> Self:
+    def of(rows: Ids, slot: Int, tokens: Int, places: Places) -> Self:
         """The tile of `tokens` places from `slot` on; `rows` are the assignments in order of expert.
         """
         ...
@@ -78,8 +79,16 @@ struct SortedRows(GroupedRows, ImplicitlyCopyable):
 
     @always_inline
     @staticmethod
-    def of(rows: Ids, slot: Int, tokens: Int) -> Self:
+    def of(rows: Ids, slot: Int, tokens: Int, places: Places) -> Self:
         return Self(slot, tokens)
+
+    @always_inline
+    def fetch(self):
+        pass
+
+    @always_inline
+    def wait(self):
+        pass
 
     @always_inline
     def row(self, token: Int) -> Int:
@@ -92,26 +101,50 @@ struct SortedRows(GroupedRows, ImplicitlyCopyable):
 
 @fieldwise_init
 struct AssignmentRows(GroupedRows, ImplicitlyCopyable):
-    """Results in order of assignment."""
+    """Results in order of assignment.
+
+    The assignments are brought while the tile is multiplied: the memory's answer takes long when it is busy.
+    """
 
     var assignments: Ids
     var tokens: Int
+    var places: Places
 
     @always_inline
     @staticmethod
-    def of(rows: Ids, slot: Int, tokens: Int) -> Self:
-        return Self(rows.unsafe_offset(slot), tokens)
+    def of(rows: Ids, slot: Int, tokens: Int, places: Places) -> Self:
+        return Self(rows.unsafe_offset(slot), tokens, places)
+
+    @always_inline
+    def fetch(self):
+        for token in range(Int(thread_idx.x) % 128, self.tokens, 128):
+            inlined_assembly[
+                "cp.async.ca.shared.global [$0], [$1], 4;",
+                NoneType,
+                constraints="r,l,~{memory}",
+            ](
+                Int32(Int(self.places.unsafe_offset(token))),
+                Int(self.assignments.unsafe_offset(token)),
+            )
+
+    @always_inline
+    def wait(self):
+        inlined_assembly[
+            "cp.async.wait_all;", NoneType, constraints="~{memory}"
+        ]()
 
     @always_inline
     def row(self, token: Int) -> Int:
         if token >= self.tokens:
             return -1
-        return Int(self.assignments[unsafe_offset=token])
+        return Int(self.places[unsafe_offset=token])
 
     @always_inline
     def behind(self, tokens: Int) -> Self:
         return Self(
-            self.assignments.unsafe_offset(tokens), self.tokens - tokens
+            self.assignments.unsafe_offset(tokens),
+            self.tokens - tokens,
+            self.places.unsafe_offset(tokens),
         )
 
 
@@ -187,30 +220,12 @@ def grouped_wgmma[
     if warp == LOADER:
         if lane_id() != 0:
             return
-        var ahead = WeightStages[MAX_N, SHARERS](walk, tile)
-
-        @always_inline
-        def prefetch() {mut ahead, imm}:
-            ahead.prefetch[D.TENSORS](
-                first,
-                second,
-                Int(expert_rows),
-                Int(row_begin),
-                Int(depth),
-                rank,
-                clusters,
-            )
-
-        for _ in range(PREFETCH):
-            prefetch()
         while walk.find(tile):
             tile += clusters
             var boxes = ceildiv(walk.tokens, BOX)
             var row = (walk.row_tile * SHARERS + rank) * ROWS
             row += walk.expert * Int(expert_rows) + Int(row_begin)
             for k in range(0, Int(depth), TILE_K):
-                comptime if PREFETCH > 0:
-                    prefetch()
                 ring.wait_empty()
                 ring.expect(boxes * BOX)
                 ring.load_tile[D.TENSORS, EVICTION](first, second, row, k)
@@ -227,6 +242,7 @@ def grouped_wgmma[
         return
     var group = warp // 4
     var staging = staging_of(ring.base, ring.BYTES, group)
+    var places = shared_offsets.unsafe_offset(Int(experts) + 1 + group * MAX_N)
     while walk.find(tile):
         tile += clusters
         var row = (walk.row_tile * SHARERS + rank) * ROWS
@@ -236,60 +252,13 @@ def grouped_wgmma[
             if walk.tokens > LESS and walk.tokens <= N:
                 multiply_tile[N](
                     output,
-                    R.of(elements(rows), walk.slot, walk.tokens),
+                    R.of(elements(rows), walk.slot, walk.tokens, places),
                     ring,
                     ceildiv(Int(depth), TILE_K),
                     staging,
                     group,
                     row,
                 )
-
-
-struct WeightStages[MAX_N: Int, SHARERS: Int](ImplicitlyCopyable):
-    """The stages of weights that a block will read, one after the other over all of its tiles.
-    """
-
-    var walk: TileWalk[Self.MAX_N]
-    var tile: Int
-    var column: Int
-    var live: Bool
-
-    @always_inline
-    def __init__(out self, walk: TileWalk[Self.MAX_N], tile: Int):
-        self.walk = walk
-        self.tile = tile
-        self.column = 0
-        self.live = True
-
-    @always_inline
-    def prefetch[
-        TENSORS: Int, shape: Coord, desc: Coord
-    ](
-        mut self,
-        first: TMATensorTile[BF16, shape, desc],
-        second: TMATensorTile[BF16, shape, desc],
-        expert_rows: Int,
-        row_begin: Int,
-        depth: Int,
-        rank: Int,
-        clusters: Int,
-    ):
-        """Asks the second-level cache for the next stage."""
-        if self.column == 0:
-            self.live = self.walk.find(self.tile)
-            self.tile += clusters
-        if not self.live:
-            return
-        var row = (self.walk.row_tile * Self.SHARERS + rank) * (
-            TILE_M // TENSORS
-        )
-        row += self.walk.expert * expert_rows + row_begin
-        prefetch_box(first, row, self.column)
-        comptime if TENSORS == 2:
-            prefetch_box(second, row, self.column)
-        self.column += TILE_K
-        if self.column >= depth:
-            self.column = 0
 
 
 @fieldwise_init
@@ -353,7 +322,7 @@ def launch_grouped_wgmma[
     """
     comptime Ring = DenseRing[MAX_N, STAGES, SHARERS]
     comptime BYTES = Ring.BYTES + STAGING_BYTES
-    var bytes = BYTES + (shape.experts + 1) * size_of[DType.int32]()
+    var bytes = BYTES + (shape.experts + 1 + 2 * MAX_N) * size_of[DType.int32]()
     var weight_rows = shape.experts * shape.expert_rows
     var first_tma = create_tma_tile[
         TILE_M // D.TENSORS, TILE_K, swizzle_mode=SWIZZLE
