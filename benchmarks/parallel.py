@@ -9,7 +9,8 @@ logits of every step (`same_logits.py`). The same prompts split into two batches
 On several GPUs the run reads the tokens of REFERENCE and compares the logits. Then follow the times of `forward.py`,
 beside the plan's bound, and what `torch.profiler` sees on every GPU (`collectives.py`).
 
-The JSON is written after each part, so that one that fails or hangs does not cost those before it. `--no-capture` and
+The JSON is written after each part, so that one that fails does not cost the others, nor one that hangs those before
+it. `--no-capture` and
 `--no-overlap` leave out captured graphs, and the overlap of a step with the preparation of the next.
 """
 
@@ -37,7 +38,7 @@ from forward import precision_of, run_case
 from forward_cases import Case, Result, evaluate, make_cases
 from max.pipelines.lib.auto_model import AutoModel
 from report import Environment, format_table, write_json
-from same_logits import Agreement, FreeRun, Reference, decode, decode_freely, finish, random_prompts, synchronous
+from same_logits import Agreement, FreeRun, Reference, decode, decode_freely, random_prompts, synchronous
 from transformers import AutoConfig
 
 from step3p5.layer_config import ModelConfig
@@ -117,15 +118,25 @@ class Run:
         self.rng = np.random.default_rng(0)
 
     def part(self, name: str, work: Callable[[], None]) -> None:
-        """Does a part and writes the report; a failure is noted."""
+        """Does a part and writes the report; a failure is noted, and what hangs ends the program."""
         start = time.perf_counter()
+        faulthandler.dump_traceback_later(self.options.part_seconds, exit=True)
         print(f"[{name}]", file=sys.stderr, flush=True)
+        self.report.failures[name] = "did not end"
+        self.write()
         try:
             work()
+            del self.report.failures[name]
         except Exception as error:
             traceback.print_exc()
             self.report.failures[name] = f"{type(error).__name__}: {error}"[:2000]
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         self.report.part_seconds[name] = round(time.perf_counter() - start, 2)
+        self.write()
+
+    def write(self) -> None:
+        """Writes the report as it is."""
         if self.options.json is not None:
             write_json(self.options.json, self.report)
 
@@ -216,6 +227,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", metavar="N", type=positive_int, default=24, help="decode steps a round (default: %(default)s)")
     add("--rounds", metavar="N", type=positive_int, default=5, help="(default: %(default)s)")
     add("--max-length", metavar="N", type=positive_int, default=4096, help="as MAX's (default: %(default)s)")
+    add("--part-seconds", metavar="N", type=positive_int, default=60, help="most for a part (default: %(default)s)")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
     options = parser.parse_args(arguments)
     if options.devices == "cpu":
@@ -234,7 +246,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     faulthandler.register(signal.SIGTERM, all_threads=True, chain=True)
     logging.getLogger("max.pipelines").setLevel(logging.WARNING)
     config = as_step3p5_config(AutoConfig.from_pretrained(options.model)).model_config
-    gpu = this_gpu()
     report = Report(
         benchmark="parallel",
         environment=Environment.of_this_process(usable_cores()),
@@ -244,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data_parallel_degree=options.data_parallel_degree,
         captured_graphs=not options.no_capture,
         overlap=not options.no_overlap,
-        gpu=gpu.name if gpu else None,
+        gpu=None,
     )
     start = time.perf_counter()
     with (
@@ -262,18 +273,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         report.load_seconds = time.perf_counter() - start
         report.bytes_in_use = bytes_in_use(options.devices)
+        gpu = this_gpu()
+        report.gpu = gpu.name if gpu else None
         print(f"[loaded in {report.load_seconds:.1f} s]", file=sys.stderr, flush=True)
         run = Run(options, model, config, report)
         run.part("compare", run.compare)
         run.part("time", run.time)
         run.part("choose", run.choose)
         run.part("look", run.look)
-        finish(model.pipeline, run.replicas)
-        run.part("one request", run.one_request)
         report.device_copy_rate = device_copy_rate()
-        if options.json is not None:
-            write_json(options.json, report)
         print(report.text(), flush=True)
+        run.part("one request", run.one_request)
     sys.exit(1 if report.failures else 0)
 
 
