@@ -14,14 +14,16 @@ from flash_config import flash_config
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import parallel
+import plot
 from bounds import bound_seconds, known_gpu
 from busy import Kernel
 from collectives import PassOfDevices, collective_times, kind_of, shared, union
 from device import device_numbers, equal_replicas
-from forward_cases import make_cases
+from forward_cases import Precision, evaluate, make_cases
 from report import Environment, write_json
 from same_logits import Agreement, FreeRun, Reference
 
+from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.config_parser import parse_model_config
 from step3p5.parallel_plan import parallel_plan
 from step3p5.plan.gpus import GPUS
@@ -135,6 +137,9 @@ def test_every_device_has_its_collectives() -> None:
 def test_a_report_is_shown_and_written(tmp_path: Path) -> None:
     kernels = [Kernel(0, 1000, "gemm", 0), Kernel(500, 1000, "allreduce", 0)]
     plan = parallel_plan(FLASH, 2)
+    (case,) = make_cases([], [8], context=64, decode_steps=3)
+    case.keep([0.1, 0.02, 0.03])
+    precision = Precision(CheckpointDtype.BFLOAT16, CheckpointDtype.BFLOAT16)
     report = parallel.Report(
         benchmark="parallel",
         environment=Environment.of_this_process(2),
@@ -145,11 +150,15 @@ def test_a_report_is_shown_and_written(tmp_path: Path) -> None:
         captured_graphs=True,
         overlap=False,
         gpu=H100.name,
-        passes=[PassOfDevices.of("decode", 5.0, kernels, 1, plan)],
+        results=[evaluate(case, FLASH, precision, None, 0.005)],
+        passes=[PassOfDevices.of(case.name, 5.0, kernels, 1, plan)],
         failures={"look": "ValueError: none"},
     )
     assert "FAILED look: ValueError: none" in report.text()
+    assert report.results[0].row()[-2:] == ("5.00", "5.00")
     write_json(tmp_path / "parallel.json", report)
+    plot.draw(tmp_path / "parallel.json", tmp_path / "parallel.png")
+    assert (tmp_path / "parallel.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "parallel.json").read_text())["passes"][0]["collectives"][0]["hidden"] == 0.5
 
 
