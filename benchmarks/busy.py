@@ -46,6 +46,7 @@ class Kernel:
     start: float
     duration: float
     name: str
+    device: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,12 @@ def kernels_of(model: AutoModel, case: Case, rng: np.random.Generator) -> list[K
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for _ in range(max(case.decode_steps - SKIPPED_STEPS, 1)):
                 batch.step()
-            torch.cuda.synchronize()
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(device)
         while not batch.done:
             batch.step()
     return [
-        Kernel(event.time_range.start, event.time_range.end - event.time_range.start, event.name)
+        Kernel(event.time_range.start, event.time_range.end - event.time_range.start, event.name, event.device_index)
         for event in profiler.events()
         if event.device_type.name == "CUDA"
     ]

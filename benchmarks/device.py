@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from max.driver import Accelerator
 
@@ -17,12 +20,15 @@ COPY_BYTES = 1 << 30
 """Far more than the second-level cache."""
 
 
-def max_settings(devices: str, precompiled_mefs: str | None) -> dict[str, object]:
+def max_settings(
+    devices: str, precompiled_mefs: str | None, capture: bool = True, overlap: bool = True
+) -> dict[str, object]:
     """`AutoModel`'s arguments: on a GPU the scheduler and the captured graphs that `max serve` uses by default."""
     if devices == "cpu":
         return {}
     artifacts = {"precompiled_mefs": precompiled_mefs} if precompiled_mefs else {}
-    return {"device_graph_capture": True, "enable_overlap_scheduler": True, **artifacts}
+    in_step = {} if overlap else {"disable_overlap": True}
+    return {"device_graph_capture": capture, "enable_overlap_scheduler": True, **in_step, **artifacts}
 
 
 def as_passes(step_seconds: Sequence[float], decode_steps: int) -> list[float]:
@@ -36,10 +42,28 @@ def as_passes(step_seconds: Sequence[float], decode_steps: int) -> list[float]:
     return [sum(step_seconds[:prompt]), *step_seconds[prompt:]]
 
 
+def device_numbers(devices: str) -> list[int]:
+    """The GPUs that MAX's `--devices` names; none for a CPU."""
+    if devices == "cpu":
+        return []
+    return [int(number) for number in devices.removeprefix("gpu").removeprefix(":").split(",") if number] or [0]
+
+
 def settle(devices: str) -> None:
     """Waits for what earlier passes began and nobody waited for."""
-    if devices != "cpu":
-        Accelerator().synchronize()
+    for number in device_numbers(devices):
+        Accelerator(number).synchronize()
+
+
+@contextmanager
+def equal_replicas() -> Iterator[None]:
+    """Lets `AutoModel` replay captured graphs on devices with requests of their own.
+
+    It refuses, because every replica must then have equally many requests, and it does not see to it. The caller does:
+    batches are multiples of the replicas, and their requests end in the same step.
+    """
+    with mock.patch.object(importlib.import_module("max.pipelines.lib.generate"), "_check_graph_capture"):
+        yield
 
 
 @dataclass(frozen=True)

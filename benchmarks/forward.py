@@ -9,7 +9,9 @@ once a round, a prefill timed once and every decode step by itself.
 
 Beside each time stand the bytes that the pass must read (`step3p5.byte_account`; routed experts as expected under
 uniform routing) and their rate as a share of a plain copy's: on a CPU the best one after the rounds, on a GPU the
-median of PyTorch's, where that is installed. On a GPU the overlap scheduler and captured graphs are on (`device.py`).
+median of PyTorch's, where that is installed. On a GPU the overlap scheduler and captured graphs are on (`device.py`),
+and times stand beside the plan's bound (`bounds.py`). With `--data-parallel-degree` every replica prefills one prompt,
+and a batch is that of all replicas.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from arguments import OneLineParser, devices, positive_int, positive_ints
 from bandwidth import Bandwidth, measure_bandwidth, usable_cores
+from bounds import bound_seconds, this_gpu
 from contention import CpuTimes, cores_taken
 from device import (
     DeviceMemory,
@@ -33,6 +36,8 @@ from device import (
     bytes_in_use,
     cache_bytes,
     device_copy_rate,
+    device_numbers,
+    equal_replicas,
     max_settings,
     planned_bytes,
     settle,
@@ -125,7 +130,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
         model = as_step3p5_config(AutoConfig.from_pretrained(options.model)).model_config
     except (ConfigError, OSError, ValueError) as error:
         parser.error(f"MODEL {options.model}: {' '.join(str(error).split())}")
-    cases = make_cases(options.prefill, options.batches, options.context, options.steps)
+    replicas = options.data_parallel_degree
+    if uneven := [size for size in options.batches if size % replicas]:
+        parser.error(f"--batches: found {uneven[0]}, expected a multiple of --data-parallel-degree, {replicas}")
+    cases = make_cases(options.prefill, options.batches, options.context, options.steps, replicas)
     for case in cases:
         if case.longest > model.max_position_embeddings:
             parser.error(
@@ -174,16 +182,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("max.pipelines").setLevel(logging.WARNING)
     largest, longest, in_use = max(options.batches), max(case.longest for case in cases), bytes_in_use(options.devices)
     start = time.perf_counter()
-    with AutoModel(
-        options.model,
-        devices=options.devices,
-        custom_architectures=["pipelines_registry"],
-        max_batch_size=largest,
-        max_length=longest,
-        ep_size=options.ep_size,
-        data_parallel_degree=options.data_parallel_degree,
-        **max_settings(options.devices, options.precompiled_mefs),
-    ) as model:
+    plan = parallel_plan(
+        config, max(len(device_numbers(options.devices)), 1), options.ep_size, options.data_parallel_degree
+    )
+    with (
+        equal_replicas(),
+        AutoModel(
+            options.model,
+            devices=options.devices,
+            custom_architectures=["pipelines_registry"],
+            max_batch_size=largest // options.data_parallel_degree,
+            max_length=longest,
+            ep_size=options.ep_size,
+            data_parallel_degree=options.data_parallel_degree,
+            **max_settings(options.devices, options.precompiled_mefs),
+        ) as model,
+    ):
         load_seconds, load_memory = time.perf_counter() - start, peak_memory_bytes()
         loaded = bytes_in_use(options.devices)
         precision = precision_of(model, options.devices)
@@ -197,18 +211,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 after_loading=loaded,
                 after_rounds=bytes_in_use(options.devices),
                 caches=cache_bytes(model.pipeline),
-                planned=planned_bytes(
-                    parallel_plan(
-                        config, options.devices.count(",") + 1, options.ep_size, options.data_parallel_degree
-                    ),
-                    precision.weights,
-                    largest,
-                    longest,
-                ),
+                planned=planned_bytes(plan, precision.weights, largest, longest),
             )
         device_rate = None if options.devices == "cpu" else device_copy_rate()
     bandwidth = measure_bandwidth() if options.devices == "cpu" else None
-    copy_rate = bandwidth.copy.maximum if bandwidth else device_rate
+    copy_rate, gpu = (
+        bandwidth.copy.maximum if bandwidth else device_rate,
+        this_gpu() if device_numbers(options.devices) else None,
+    )
+    one = plan.num_devices == 1  # the bytes are those of all devices, the copy's rate is that of one
     report = Report(
         benchmark="forward",
         environment=environment,
@@ -225,7 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device_memory=device_memory,
         bandwidth=bandwidth,
         device_copy_rate=device_rate,
-        results=[evaluate(case, config, precision, copy_rate) for case in cases],
+        results=[
+            evaluate(
+                case, config, precision, copy_rate if one else None, bound_seconds(case, plan, gpu) if gpu else None
+            )
+            for case in cases
+        ],
     )
     print(report.text())
     if options.json is not None:

@@ -63,7 +63,8 @@ class Result:
     """A case's times with what they are measured against.
 
     Rates are at the median time. `of_copy` is `bytes_per_second` as a share of a plain copy's best rate, or `None`
-    where none was measured.
+    where none was measured. `bound_seconds` is the least time that `step3p5.plan` finds, by the GPU's data sheet, and
+    `over_bound` the median as a multiple of it; `None` without a GPU that the plan knows.
     """
 
     name: str
@@ -77,6 +78,8 @@ class Result:
     of_copy: float | None
     flops: float
     flops_per_second: float
+    bound_seconds: float | None
+    over_bound: float | None
 
     HEADER: ClassVar[tuple[str, ...]] = (
         "forward pass",
@@ -87,6 +90,8 @@ class Result:
         "GB/s",
         "of copy",
         "GFLOP/s",
+        "bound, ms",
+        "x bound",
     )
 
     def row(self) -> tuple[str, ...]:
@@ -100,15 +105,23 @@ class Result:
             f"{1e-9 * self.bytes_per_second:.2f}",
             "-" if self.of_copy is None else f"{100 * self.of_copy:.0f} %",
             f"{1e-9 * self.flops_per_second:.1f}",
+            "-" if self.bound_seconds is None else f"{1e3 * self.bound_seconds:.2f}",
+            "-" if self.over_bound is None else f"{self.over_bound:.2f}",
         )
 
 
 def make_cases(
-    prefill: Sequence[int], batches: Sequence[int], contexts: Sequence[int], decode_steps: int
+    prefill: Sequence[int], batches: Sequence[int], contexts: Sequence[int], decode_steps: int, replicas: int = 1
 ) -> list[Case]:
-    """A prefill of one request for each prompt length, then decoding from each of `contexts` for each batch size."""
+    """A prefill for each prompt length, then decoding from each of `contexts` for each batch size.
+
+    One request of every replica is prefilled. Batches are of all replicas together.
+    """
     return [
-        *(Case(f"prefill, {length} tokens", 1, length, 0) for length in prefill),
+        *(
+            Case(f"prefill, {length} tokens" + (f" x {replicas}" if replicas > 1 else ""), replicas, length, 0)
+            for length in prefill
+        ),
         *(
             Case(f"decode, batch {size}, context {context + 1}-{context + decode_steps}", size, context, decode_steps)
             for context in contexts
@@ -117,7 +130,9 @@ def make_cases(
     ]
 
 
-def evaluate(case: Case, model: ModelConfig, precision: Precision, copy_rate: float | None) -> Result:
+def evaluate(
+    case: Case, model: ModelConfig, precision: Precision, copy_rate: float | None, bound: float | None = None
+) -> Result:
     """Sets a case's times against its bytes and operations.
 
     Args:
@@ -125,6 +140,7 @@ def evaluate(case: Case, model: ModelConfig, precision: Precision, copy_rate: fl
         model: What ran.
         precision: The types in which it ran.
         copy_rate: Bytes a second that a plain copy reaches, or `None` where it was not measured.
+        bound: The plan's least time in seconds, or `None` where there is none.
     """
     spread = Spread.of(case.seconds)
     num_bytes = forward_bytes(model, case.forward, precision.weights, precision.cache)
@@ -140,4 +156,6 @@ def evaluate(case: Case, model: ModelConfig, precision: Precision, copy_rate: fl
         of_copy=None if copy_rate is None else rate / copy_rate,
         flops=flops,
         flops_per_second=flops / spread.median,
+        bound_seconds=bound,
+        over_bound=None if bound is None else spread.median / bound,
     )

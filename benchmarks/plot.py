@@ -226,6 +226,26 @@ def draw_busy(result: Result, figure: Figure) -> None:
     axis.legend(fontsize="small")
 
 
+def draw_parallel(result: Result, figure: Figure) -> None:
+    """Each pass's milliseconds beside the plan's bound, and those of its collectives on the first GPU."""
+    axis = figure.subplots()
+    rows, passes = result["results"], {of["name"]: of for of in result["passes"]}
+    collectives = [passes[row["name"]]["devices"][0]["collectives"] if row["name"] in passes else 0.0 for row in rows]
+    bounds = [1e3 * (row["bound_seconds"] or 0.0) for row in rows]
+    medians = [1e3 * row["seconds"]["median"] for row in rows]
+    for shift, values, label in (
+        (-0.25, medians, "median"),
+        (0.0, bounds, "bound"),
+        (0.25, collectives, "collectives"),
+    ):
+        axis.bar([place + shift for place in range(len(rows))], values, 0.22, label=label)
+    for place, row in enumerate(rows):
+        axis.annotate(f"{row['tokens_per_second']:.0f} tokens/s", (place, medians[place]), ha="center", va="bottom")
+    axis.set_xticks(range(len(rows)), [row["name"] for row in rows])
+    axis.set_ylabel("ms")
+    axis.legend(fontsize="small")
+
+
 KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
     "forward": draw_forward,
     "serving": draw_serving,
@@ -237,6 +257,7 @@ KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
     "speculation_moving": draw_speculation_moving,
     "side_by_side": draw_side_by_side,
     "busy": draw_busy,
+    "parallel": draw_parallel,
 }
 """What draws a result, by its `benchmark`; one without the field is `moe.py`'s."""
 

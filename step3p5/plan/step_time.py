@@ -92,7 +92,13 @@ def decode_step(
         context: Tokens of every request, the new ones included.
         new_tokens: 1, or with speculation the drafted tokens and one.
     """
-    return _step(plan, weights, gpu, plan.model.layers, checkpoint_tensors(plan.model), batch, context, new_tokens)
+    tensors = checkpoint_tensors(plan.model)
+    return _step(plan, weights, gpu, plan.model.layers, tensors, batch, context, new_tokens, new_tokens)
+
+
+def prefill_step(plan: ParallelPlan, weights: WeightFormat, gpu: GPU, batch: int, length: int) -> Step:
+    """A step that reads the prompts, `length` tokens each, of `batch` requests and gives the logits of their last."""
+    return _step(plan, weights, gpu, plan.model.layers, checkpoint_tensors(plan.model), batch, length, length, 1)
 
 
 def draft_step(plan: ParallelPlan, weights: WeightFormat, gpu: GPU, batch: int, context: int) -> Step:
@@ -101,7 +107,7 @@ def draft_step(plan: ParallelPlan, weights: WeightFormat, gpu: GPU, batch: int, 
     tensors = drafting_tensors(plan.model, 1, draft_vocabulary_size(plan.model))
     embedding = "model.embed_tokens.weight"
     tensors[embedding] = checkpoint_tensors(plan.model)[embedding]
-    return _step(plan, weights, gpu, layers, tensors, batch, context, 1)
+    return _step(plan, weights, gpu, layers, tensors, batch, context, 1, 1)
 
 
 def _step(
@@ -113,9 +119,10 @@ def _step(
     batch: int,
     context: int,
     new_tokens: int,
+    new_logits: int,
 ) -> Step:
     requests = requests_per_device(plan, batch)
-    tokens, all_tokens = requests * new_tokens, batch * new_tokens
+    tokens, all_tokens, all_logits = requests * new_tokens, batch * new_tokens, batch * new_logits
     moes = {layer.index: layer.mlp for layer in layers if isinstance(layer.mlp, MoEConfig)}
     num_bytes = dict.fromkeys(Part, 0.0)
     flops = dict.fromkeys(Part, 0.0)
@@ -135,11 +142,13 @@ def _step(
             num_bytes[part] += stored / shape[0] * tokens
         else:
             num_bytes[part] += stored
-            multiplied *= all_tokens if spec.role in _SEE_ALL_TOKENS else tokens
+            # Even where devices have their own tokens, the head's parts and the routers before the experts see all.
+            seen = {TensorRole.LM_HEAD: all_logits, TensorRole.ROUTER: all_tokens}
+            multiplied *= seen.get(spec.role, tokens)
         flops[part] += multiplied
         flops_seconds[part] += multiplied / _rate(spec.role, weights, gpu)
     _add_attention(plan, weights, gpu, layers, Forward(requests, new_tokens, context), num_bytes, flops, flops_seconds)
-    num_bytes[Part.LINKS] = head_sent_bytes(plan, all_tokens, all_tokens, weights.itemsize) + sum(
+    num_bytes[Part.LINKS] = head_sent_bytes(plan, all_tokens, all_logits, weights.itemsize) + sum(
         layer_sent_bytes(plan, plan.layers[layer.index], all_tokens, weights.itemsize) for layer in layers
     )
     rates = dict.fromkeys(Part, gpu.bandwidth) | {Part.LINKS: gpu.link_bandwidth(plan.num_devices) or math.inf}
@@ -173,9 +182,6 @@ def _add_attention(
 
 
 _NOT_MULTIPLIED = frozenset({TensorRole.EMBEDDING, TensorRole.HIDDEN_NORM, TensorRole.QK_NORM, TensorRole.ROUTER_BIAS})
-
-_SEE_ALL_TOKENS = frozenset({TensorRole.LM_HEAD, TensorRole.ROUTER})
-"""Where devices have their own tokens, the parts of the head and the routers before a device's experts see all."""
 
 _PARTS: Mapping[TensorRole, Part] = {
     TensorRole.QUERY: Part.ATTENTION,
