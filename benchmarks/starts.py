@@ -81,7 +81,7 @@ class Report:
 
 def start(model: Path, encoding: str) -> dict[str, float]:
     """The figures of a new process."""
-    command = [sys.executable, FIRST_TOKEN, model, encoding]
+    command: list[str | Path] = [sys.executable, FIRST_TOKEN, model, encoding]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=dict(os.environ))
     figures = json.loads(run.stdout)
     assert isinstance(figures, dict)
