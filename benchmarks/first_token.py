@@ -2,8 +2,10 @@
 
     python benchmarks/first_token.py MODEL ENCODING
 
-Started by `cpu_peer.py`; seconds count from the start of the process's own code. Resident bytes are those with the
-model still loaded, and the most at any time; weights that are mapped from files count once they were read.
+Started by `cpu_peer.py` and `starts.py`; seconds count from the start of the process's own code. Resident bytes are
+those with the model still loaded, and the most at any time; weights that are mapped from files count once they were
+read. Of the resident bytes, those of mapped weights, of shared libraries' files (as far as they were not written to)
+and of the process's own memory are named, in which weights that were cast lie.
 """
 
 from __future__ import annotations
@@ -13,10 +15,28 @@ import logging
 import os
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from report import peak_memory_bytes
 
+if TYPE_CHECKING:
+    from step3p5.memory_maps import Mapping
+
 START = time.perf_counter()
+
+
+def by_kind(maps: list[Mapping]) -> dict[str, int]:
+    """Resident bytes of mapped weights, of shared libraries' files and of memory that no file holds."""
+    from step3p5.memory_maps import shared_libraries
+
+    libraries = shared_libraries(maps)
+    return {
+        "mapped_weights_bytes": sum(
+            mapping.resident - mapping.own for mapping in maps if mapping.path.endswith(".safetensors")
+        ),
+        "libraries_bytes": sum(mapping.resident - mapping.own for mapping in maps if mapping.path in libraries),
+        "own_bytes": sum(mapping.own if mapping.is_file else mapping.resident for mapping in maps),
+    }
 
 
 def main() -> None:
@@ -41,6 +61,9 @@ def main() -> None:
         with open("/proc/self/statm") as file:
             resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         peak = peak_memory_bytes()
+        from step3p5.memory_maps import memory_maps
+
+        kinds = by_kind(memory_maps())
     print(
         json.dumps(
             {
@@ -49,6 +72,7 @@ def main() -> None:
                 "first_token_seconds": first - START,
                 "resident_bytes": resident,
                 "peak_bytes": peak,
+                **kinds,
             }
         )
     )

@@ -30,6 +30,7 @@ from .batch_processor import Step3p5BatchProcessor
 from .cpu_quota import limit_threads
 from .model_config import Step3p5Config
 from .parallel_step3p5 import ParallelStep3p5
+from .resident_memory import give_back
 from .step3p5 import Step3p5
 from .structured_output import restart_grammars_amid_prompts
 from .tokenizer import check_token_ids
@@ -107,7 +108,7 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
     state_dict: dict[str, Any]
     """Weights to load into the model."""
 
-    _pollers_work: bool = True
+    _is_first_step: bool = True
 
     def __init__(
         self,
@@ -195,9 +196,10 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
 
     def after_step(self) -> None:
         """What follows the first step that the model runs."""
-        if self._pollers_work and self.devices[0].is_host:
+        if self._is_first_step and self.devices[0].is_host:
             rest_pollers()
-        self._pollers_work = False
+            give_back()
+        self._is_first_step = False
 
     @override
     def _create_model_config(self, state_dict: dict[str, Any]) -> Step3p5Config:
