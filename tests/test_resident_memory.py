@@ -141,7 +141,7 @@ def test_memory_is_given_back_after_the_first_step_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(model, "rest_pollers", lambda: None)
     monkeypatch.setattr(model, "give_back", lambda: calls.append("given back"))
     loaded = Step3p5Model.__new__(Step3p5Model)
-    loaded.devices = [SimpleNamespace(is_host=True)]  # type: ignore[list-item]
+    loaded.devices = [SimpleNamespace(is_host=True)]
     for _ in range(2):
         loaded.after_step()
     assert calls == ["given back"]
