@@ -1,11 +1,13 @@
 """Looks where a cycle of speculation spends its time: on the host by stage, on the GPU by kernel.
 
     python benchmarks/speculation_profile.py MODEL [--batches 1,8,64] [--depth 3] [--cycles 20] [--kernels 15]
+                                             [--launch captured|executed|by-step]
                                              [--devices gpu] [--precompiled-mtp-mefs DIR] [--json FILE]
 
 A cycle verifies the drafts of every request and drafts anew. Each batch runs three times: to warm up, timed by stage
 (`stopwatch.py`), and under `torch.profiler`, which must be installed for a GPU. On the host a stage's time is
-that until its kernels are launched; what waits for the device is a stage of its own.
+that until its kernels are launched; what waits for the device is a stage of its own. `--launch` says how: as captured
+graphs (on a GPU if not told otherwise), as the same graphs executed, or verification and drafting one after the other.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from transformers import AutoConfig
 from step3p5.pretrained_config import as_step3p5_config
 from step3p5.speculation.policy import FixedDepth, tokens_per_cycle
 from step3p5.speculation.statistics import Statistics
+from step3p5.speculation.steady_cycle import SteadyCycle
 
 SKIPPED_CYCLES = 6
 """Cycles before those that are looked at: the first ones draft anew, and capture graphs."""
@@ -103,6 +106,9 @@ def watched_calls(pipeline: Any) -> list[tuple[str, Any, str]]:
         ("sample: launch", pipeline, "_sample"),
         ("wait for the tokens", FusedSamplingProcessor, "get_new_tokens_numpy"),
         ("commit", pipeline, "_commit"),
+        ("a whole cycle: launch", SteadyCycle, "launch"),
+        ("wait for the tokens", pipeline, "_wait"),
+        ("commit", pipeline, "_commit_cycle"),
         ("draft: bookkeeping", pipeline, "_draft"),
         ("draft: launch", model, "draft"),
         ("cache step", manager, "step"),
@@ -175,6 +181,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--depth", metavar="N", type=positive_int, default=3, help="drafts a cycle (default: %(default)s)")
     add("--cycles", metavar="N", type=positive_int, default=20, help="looked at, a run (default: %(default)s)")
     add("--kernels", metavar="N", type=positive_int, default=15, help="to list, a batch (default: %(default)s)")
+    add("--launch", choices=("captured", "executed", "by-step"), help="how cycles are launched (default: as it comes)")
     add("--devices", type=devices, default="gpu", help="as MAX's --devices (default: %(default)s)")
     add("--precompiled-mtp-mefs", metavar="DIR", help="artifacts compiled ahead with --speculative-method mtp")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well, after each batch")
@@ -202,6 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "speculation_profile", environment, Path(options.model).name, options.devices, options.depth, loaded
         )
         print(*environment.lines(), f"loaded in {loaded:.1f} s", sep="\n", flush=True)
+        if options.launch == "by-step":
+            model.pipeline.cycles = None
+        elif options.launch is not None:
+            model.pipeline.use_cycles(captures=options.launch == "captured")
         for batch in options.batches:
             started = time.perf_counter()
             try:

@@ -145,13 +145,15 @@ def test_a_request_that_is_hung_up_ends_the_run_of_the_others(drafting: AutoMode
     want = generate(drafting, [request(prompt, 40) for prompt in prompts])
     contexts = [request(prompt, 40) for prompt in prompts]
     generated: list[Prompt] = [[] for _ in contexts]
-    with recorded(pipeline, contexts, cycles=True) as (_, sizes):
-        with GenerateIterator.from_contexts(pipeline, contexts) as batch:
-            while not batch.done:
-                for row, tokens in batch.step().items():
-                    generated[row] += tokens
-                if len(sizes) == 3:
-                    batch.remove(1)
+    with (
+        recorded(pipeline, contexts, cycles=True) as (_, sizes),
+        GenerateIterator.from_contexts(pipeline, contexts) as batch,
+    ):
+        while not batch.done:
+            for row, tokens in batch.step().items():
+                generated[row] += tokens
+            if len(sizes) == 3:
+                batch.remove(1)
     assert generated[0] == want[0]
     assert generated[2] == want[2]
     assert len(generated[1]) < 40
@@ -160,8 +162,12 @@ def test_a_request_that_is_hung_up_ends_the_run_of_the_others(drafting: AutoMode
 def test_what_is_not_greedy_goes_without_cycles(drafting: AutoModel, rng: np.random.Generator) -> None:
     sampled = SamplingParams(temperature=2.0, top_k=100, top_p=0.95, seed=SEED, ignore_eos=True)
     prompts = prompts_of(rng, 20, 30)
-    want = generate(drafting, [request(prompt, 30, sampling) for prompt, sampling in zip(prompts, (GREEDY, sampled))])
-    contexts = [request(prompt, 30, sampling) for prompt, sampling in zip(prompts, (GREEDY, sampled))]
+
+    def requests() -> list[TextContext]:
+        return [request(prompts[0], 30, GREEDY), request(prompts[1], 30, sampled)]
+
+    want = generate(drafting, requests())
+    contexts = requests()
     with recorded(drafting.pipeline, contexts, cycles=True) as (_, sizes):
         assert generate(drafting, contexts) == want
     assert 2 not in sizes

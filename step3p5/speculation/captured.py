@@ -54,6 +54,7 @@ class CapturedGraph:
         if graph is None:
             try:
                 outputs = self._model.capture(self._next_number, *inputs)
+                self._model._await_device_graphs()
             except Exception:  # whatever the reason, the graph can be executed
                 logger.warning("%s: not captured, so it runs without.", self._name, exc_info=True)
                 self.captures = False
