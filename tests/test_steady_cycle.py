@@ -18,6 +18,7 @@ from speculation_harness import GREEDY, generate, load, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
+from step3p5.speculation.padding import padded_size
 from step3p5.speculation.policy import DraftPlan, FixedDepth
 from step3p5.speculation.steady_cycle import SteadyCycle
 
@@ -65,7 +66,7 @@ def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) ->
     def keep_launch(cycle: SteadyCycle, caches: Any) -> Any:
         sizes.append(cycle.batch_size)
         tokens = cycle._verified.to_numpy().reshape(cycle.batch_size, -1)
-        for context, own in zip(pipeline._run.batch, tokens.tolist(), strict=True):
+        for context, own in zip(pipeline._run.batch, tokens.tolist(), strict=False):  # padding follows
             assert own[0] == context.tokens.active[0]
             verified[names[context.request_id], len(context.tokens)] = own[1:]
         return launch(cycle, caches)
@@ -110,6 +111,7 @@ def test_cycles_draft_and_draw_the_same(drafting: AutoModel, rng: np.random.Gene
         assert generate(drafting, contexts) == want
     assert_same_drafts(drafts, want_drafts)
     assert max(sizes) == batch_size
+    assert {padded_size(size, batch_size) for size in sizes} == set(sizes)
     assert len(sizes) > 5
 
 
@@ -171,3 +173,10 @@ def test_what_is_not_greedy_goes_without_cycles(drafting: AutoModel, rng: np.ran
     with recorded(drafting.pipeline, contexts, cycles=True) as (_, sizes):
         assert generate(drafting, contexts) == want
     assert 2 not in sizes
+
+
+def test_batches_are_filled_up_to_few_sizes() -> None:
+    sizes = [padded_size(batch, 64) for batch in range(1, 65)]
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(batch <= size <= 1.5 * batch for batch, size in enumerate(sizes, start=1))
+    assert padded_size(50, 60) == 60

@@ -23,6 +23,7 @@ from ..steady_batch import takes_the_best
 from .acceptance import can_verify_drafts, commit, contexts_ahead, num_accepted
 from .drafted import Drafts
 from .model import SpeculativeStep3p5Model
+from .padding import Padding, padded_size
 from .policy import AdaptiveDepth, DraftPlan, FixedDepth
 from .rows import Advance, Int64, draft_rows
 from .state import RequestState
@@ -55,6 +56,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
 
         self.cycles: SteadyCycles | None = None
         self._run: SteadyRun | None = None
+        self._padding = Padding(self._kv_manager, max(model.depth - 1, 0))
         self._planned_ahead: DraftPlan | None = None
         if model.depth and model.stays_on_device:
             self.use_cycles(captures=True)
@@ -94,7 +96,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             return {}
         self._planned_ahead = None
         if (run := self._run_to_go_on(batch)) is not None:
-            return self._execute_cycle(inputs, run)
+            return self._execute_cycle(run)
         started = time.perf_counter()
         states = [self._state(context) for context in batch]
         drafts = [self._drafts_to_verify(context, state) for context, state in zip(batch, states, strict=True)]
@@ -136,9 +138,13 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             self._end_run()
             return None
         if starts is not None:
-            cycle = self.cycles.of_size(len(batch))
+            size = padded_size(len(batch), self.max_batch_size)
+            padding = self._padding.take(size - len(batch))
+            if padding is None:
+                size, padding = len(batch), []
+            cycle = self.cycles.of_size(size)
             cycle.begin(starts)
-            self._run = run = SteadyRun(batch, cycle)
+            self._run = run = SteadyRun(batch, padding, cycle)
         self._planned = plan
         return run
 
@@ -193,19 +199,18 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             if (state := self._states.get(run.batch[index].request_id)) is not None:
                 state.advance(run.ends[index], depth, kept[index], Drafts(drafted, index, depth))
 
-    def _execute_cycle(
-        self, inputs: TextGenerationInputs[TextContext], run: SteadyRun
-    ) -> PipelineOutputsDict[TextGenerationOutput]:
+    def _execute_cycle(self, run: SteadyRun) -> PipelineOutputsDict[TextGenerationOutput]:
         """A step of a run."""
         assert self.cycles is not None
         started = time.perf_counter()
         batch, model, longest = run.batch, self._pipeline_model, self.cycles.graphs.longest
+        size = run.cycle.batch_size
         for context in batch:
             context.spec_decoding_state.draft_tokens_to_verify = [0] * model.depth
         caches = self._kv_manager.runtime_inputs(
-            inputs.batches,
+            [[*batch, *run.padding]],
             max_cache_length=longest,
-            batch_characteristics=BatchCharacteristics(len(batch), model.depth + 1, longest),
+            batch_characteristics=BatchCharacteristics(size, model.depth + 1, longest),
         )
         if model.heads is not None:
             model.heads.refresh()
@@ -229,7 +234,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         """What a cycle drew and accepted, once it is on the host."""
         if ready is not None:
             ready.synchronize()
-        return run.cycle.result
+        return run.cycle.result[: len(run.batch)]
 
     def _commit_cycle(self, run: SteadyRun, result: Int64) -> None:
         """Appends what a cycle drew to the requests, and counts acceptance."""

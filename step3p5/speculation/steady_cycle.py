@@ -120,12 +120,18 @@ class SteadyCycle:
             self._result = Buffer(DType.int64, [batch_size, depth + 2], graphs.device, Usage.STAGING | Usage.UNTRACKED)
 
     def begin(self, starts: Sequence[Start]) -> None:
-        """Fills the memory with where the requests stand."""
-        verified = np.array([[start.window[-1], *start.drafts[:]] for start in starts], dtype=np.int64)
+        """Fills the memory with where the requests stand; those that are missing to the batch size read zeros."""
+        depth, keep = self._graphs.depth, self._graphs.keep
+        window = np.zeros((self.batch_size, keep + 1), dtype=np.int64)
+        verified = np.zeros((self.batch_size, depth + 1), dtype=np.int64)
+        for request, start in enumerate(starts):
+            window[request] = start.window
+            verified[request] = [start.window[-1], *start.drafts[:]]
         self._verified.inplace_copy_from(Buffer.from_numpy(verified.reshape(-1)))
-        self._window.inplace_copy_from(Buffer.from_numpy(np.array([start.window for start in starts], dtype=np.int64)))
+        self._window.inplace_copy_from(Buffer.from_numpy(window))
         pieces = [piece for start in starts for piece in start.kept]
-        rows = self._kept.view(self._kept.dtype, (self.batch_size * self._graphs.keep, self._graphs.hidden_size))
+        all_rows = self._kept.view(self._kept.dtype, (self.batch_size * keep, self._graphs.hidden_size))
+        rows = all_rows[: len(starts) * keep]
         source = None if self._device.is_host else common_source(pieces)
         if source is None:
             on_host = concatenated(pieces, self._graphs.hidden_size, host_dtype(self._kept.dtype))
@@ -226,7 +232,7 @@ class SteadyCycle:
         )
 
     def _buffer(self, dtype: DType, *shape: int) -> Buffer:
-        return Buffer(dtype, shape, self._device)
+        return Buffer.zeros(shape, dtype, self._device)
 
     def _constant(self, values: npt.NDArray[Any]) -> Buffer:
         return Buffer.from_numpy(values).to(self._device)

@@ -15,11 +15,12 @@ class SteadyRun:
 
     Args:
         batch: The requests, in the order of the cycle.
+        padding: What comes after them up to the cycle's size.
         cycle: Its memory and graphs.
     """
 
-    def __init__(self, batch: Sequence[TextContext], cycle: SteadyCycle) -> None:
-        self.batch, self.cycle = list(batch), cycle
+    def __init__(self, batch: Sequence[TextContext], padding: Sequence[TextContext], cycle: SteadyCycle) -> None:
+        self.batch, self.padding, self.cycle = list(batch), list(padding), cycle
         self.ends: list[int] = []
         """Processed length of each request when the last cycle ended."""
         self.end_cycle()
