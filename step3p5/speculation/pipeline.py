@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
-from max.driver import Buffer, DeviceEvent
+from max.driver import Buffer, DeviceEvent, is_virtual_device_mode
 from max.nn.kv_cache import BatchCharacteristics
 from max.nn.kv_cache.cache_params import spec_decode_cache_slack
 from max.pipelines.context import TextContext, TextGenerationOutput
@@ -58,7 +58,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         self._run: SteadyRun | None = None
         self._padding = Padding(self._kv_manager, max(model.depth - 1, 0))
         self._planned_ahead: DraftPlan | None = None
-        if model.depth and model.stays_on_device:
+        if model.depth and model.stays_on_device and not is_virtual_device_mode():
             self.use_cycles(captures=True)
 
     def use_cycles(self, *, captures: bool) -> None:
