@@ -15,14 +15,15 @@ DEPTHS = (2, 3)
 VOCAB, HIDDEN, KNOWN = 40, 8, 36
 
 
-def load(module: Acceptance | Handover) -> Model:
-    return InferenceSession().load(module.trace(*module.input_types()))
+def load(module: Acceptance | Handover, name: str) -> Model:
+    # By the name that the model gives it: MAX's cache of compiled graphs does not tell graphs apart by their names.
+    return InferenceSession().load(module.trace(*module.input_types(), name=name))
 
 
 @pytest.fixture(scope="module", params=DEPTHS)
 def acceptance(request: pytest.FixtureRequest) -> tuple[int, Model]:
     depth = int(request.param)
-    return depth, load(Acceptance(depth, VOCAB, HIDDEN, DType.float32, DeviceRef.CPU()))
+    return depth, load(Acceptance(depth, VOCAB, HIDDEN, DType.float32, DeviceRef.CPU()), "step3p5_mtp_acceptance")
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -76,7 +77,7 @@ def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, bat
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_handover(rng: np.random.Generator, depth: int) -> None:
-    model, batch = load(Handover(depth, DeviceRef.CPU())), 3
+    model, batch = load(Handover(depth, DeviceRef.CPU()), "step3p5_mtp_handover"), 3
     window = rng.integers(100, size=(batch, depth))
     drafted = rng.integers(100, size=(depth, batch))
     verified = Buffer.from_numpy(np.zeros(batch * (depth + 1), dtype=np.int64))
