@@ -59,8 +59,7 @@ def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) ->
 
     def keep_commit(batch: Sequence[TextContext], drafts: Sequence[Sequence[int]], drawn: list[int]) -> list[int]:
         for context, own in zip(batch, drafts, strict=True):
-            if len(own):
-                verified[names[context.request_id], len(context.tokens)] = list(own[:])
+            verified[names[context.request_id], len(context.tokens)] = list(own[:])
         return list(commit(batch, drafts, drawn))
 
     def keep_launch(cycle: SteadyCycle, caches: Any) -> Any:

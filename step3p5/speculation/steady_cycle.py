@@ -131,7 +131,7 @@ class SteadyCycle:
         self._window.inplace_copy_from(Buffer.from_numpy(window))
         pieces = [piece for start in starts for piece in start.kept]
         all_rows = self._kept.view(self._kept.dtype, (self.batch_size * keep, self._graphs.hidden_size))
-        rows = all_rows[: len(starts) * keep]
+        rows = all_rows[: len(starts) * keep, :]
         source = None if self._device.is_host else common_source(pieces)
         if source is None:
             on_host = concatenated(pieces, self._graphs.hidden_size, host_dtype(self._kept.dtype))
@@ -139,8 +139,8 @@ class SteadyCycle:
             return
         kept, places = source
         batch_inplace_copy(
-            [rows[to : to + 1] for to in range(len(places))],
-            [kept.on_device[place : place + 1] for place in places.tolist()],
+            [rows[to : to + 1, :] for to in range(len(places))],
+            [kept.on_device[place : place + 1, :] for place in places.tolist()],
         )
 
     def launch(self, caches: Mapping[str, Sequence[Cache]]) -> DeviceEvent | None:
