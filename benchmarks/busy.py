@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from arguments import OneLineParser, devices, positive_int, positive_ints
@@ -158,6 +158,11 @@ def kernels_of(model: AutoModel, case: Case, rng: np.random.Generator) -> list[K
                 torch.cuda.synchronize(device)
         while not batch.done:
             batch.step()
+    return device_kernels(profiler)
+
+
+def device_kernels(profiler: Any) -> list[Kernel]:
+    """What a `torch.profiler.profile` saw on the device."""
     return [
         Kernel(event.time_range.start, event.time_range.end - event.time_range.start, event.name, event.device_index)
         for event in profiler.events()

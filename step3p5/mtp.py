@@ -127,6 +127,7 @@ class MTPDepth(TracedModule):
         previous: TensorValue,
         tokens: TensorValue,
         following: TensorValue,
+        last_rows: TensorValue,
         known: TensorValue,
         input_row_offsets: TensorValue,
         cache_layer: TensorValue,
@@ -141,7 +142,9 @@ class MTPDepth(TracedModule):
             tokens: The token that each row joins with its hidden state, `[rows]` int64.
             following: `[rows]` int64, where each row's token at the next depth stands in `tokens` followed by the
                 `batch` tokens chosen here.
-            known: `[batch]` int64, the token after each request's last one, or `UNKNOWN_TOKEN`.
+            last_rows: `[batch]` int64, the row of each request after which a token is drafted. Rows behind it are
+                of no consequence to it.
+            known: `[batch]` int64, the token after that row's, or `UNKNOWN_TOKEN`.
             input_row_offsets: `[batch + 1]` uint32.
             cache_layer: This depth's index within its cache, a uint32 scalar on the host.
             swiglu_limit: Clamp limit of the MLP, a float32 scalar on the host; infinite where there is none.
@@ -159,7 +162,7 @@ class MTPDepth(TracedModule):
         z = self.layer(
             self.eh_proj(joined), cache_layer, kv_collection, input_row_offsets, swiglu_limit, swiglu_limit, *table
         )
-        best, logits = self.shared_head(ops.gather(z, input_row_offsets[1:] - 1, axis=0), *head_inputs)
+        best, logits = self.shared_head(ops.gather(z, last_rows, axis=0), *head_inputs)
         drafts = ops.rebind(best, known.shape)
         chosen = ops.where(known == UNKNOWN_TOKEN, drafts, known)
         return z, ops.gather(ops.concat([tokens, chosen]), following, axis=0), drafts, logits
@@ -172,6 +175,7 @@ class MTPDepth(TracedModule):
             TensorType(DType.int64, ["rows"], self.device),
             TensorType(DType.int64, ["rows"], self.device),
             TensorType(DType.int64, ["batch"], self.device),
+            TensorType(DType.int64, ["batch"], self.device),
             TensorType(DType.uint32, ["input_row_offsets_len"], self.device),
             TensorType(DType.uint32, [], host),
             TensorType(DType.float32, [], host),
@@ -182,12 +186,10 @@ class MTPDepth(TracedModule):
     @override
     def call_with(self, *inputs: Value[Any]) -> tuple[TensorValue, ...]:
         """Calls the module with values of `input_types()`."""
-        first_cache = 7 + len(self.shared_head.input_types())
-        previous, tokens, following, known, row_offsets, cache_layer, limit, *head_inputs = (
-            value.tensor for value in inputs[:first_cache]
-        )
+        first_cache = 8 + len(self.shared_head.input_types())
+        first = [value.tensor for value in inputs[:first_cache]]
         (collection,) = self.kv_params.unflatten_kv_inputs(iter(inputs[first_cache:]))
-        return self(previous, tokens, following, known, row_offsets, cache_layer, limit, collection, *head_inputs)
+        return self(*first[:8], collection, *first[8:])
 
 
 def depth_weights(state_dict: Mapping[str, Any], layer: LayerConfig) -> dict[str, Any]:

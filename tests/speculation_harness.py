@@ -22,16 +22,17 @@ GREEDY = SamplingParams(temperature=0.0, top_k=1, ignore_eos=True)
 
 
 def load(folder: Path, depth: int, max_batch_size: int = 8, **options: Any) -> AutoModel:
-    """A model on the CPU that drafts `depth` deep; `depth` 0 is the plain pipeline."""
-    settings: dict[str, Any] = {"custom_architectures": ["pipelines_registry"], "max_length": 1024} | options
+    """A model that drafts `depth` deep, on the CPU if not told otherwise; `depth` 0 is the plain pipeline."""
+    always = {"custom_architectures": ["pipelines_registry"], "max_length": 1024, "devices": "cpu"}
+    settings: dict[str, Any] = always | options
     if depth:
-        always = [{"batch_start": 1, "batch_end": 1024, "num_tokens": depth}]
+        schedule = [{"batch_start": 1, "batch_end": 1024, "num_tokens": depth}]
         settings |= {
             "speculative_method": "mtp",
             "num_speculative_tokens": depth,
-            "num_speculative_tokens_per_batch_size": always,
+            "num_speculative_tokens_per_batch_size": schedule,
         } | options
-    return AutoModel(str(folder), max_batch_size=max_batch_size, devices="cpu", **settings)
+    return AutoModel(str(folder), max_batch_size=max_batch_size, **settings)
 
 
 def request(prompt: Prompt, new_tokens: int, sampling: SamplingParams = GREEDY, eos: Sequence[int] = ()) -> TextContext:

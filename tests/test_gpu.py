@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import speculation_harness as speculation
 from expert_layer import LIMIT, Array, Layer, Operands, as_bfloat16, rounded
 from gpu_ops import HEAD_DIM, HEADS, KEY_HEADS, PAGE_SIZE, attend, attend_inputs
 from max.driver import CPU, Accelerator, Buffer, accelerator_count
@@ -183,3 +184,23 @@ def test_captured_graphs_give_the_tokens_of_eager_execution(tmp_path: Path, rng:
         answers.append(model.generate(input_ids=prompts, max_new_tokens=24, temperature=0, ignore_eos=True).sequences)
         del model
     assert [list(tokens) for tokens in answers[0]] == [list(tokens) for tokens in answers[1]]
+
+
+def test_captured_cycles_of_speculation_give_the_tokens_of_executed_ones(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    checkpoint, depth = tmp_path / "tiny", 3
+    seed = int(rng.integers(1 << 31))
+    write_random_checkpoint(checkpoint, "tiny", None, CheckpointDtype.BFLOAT16, seed, predictable=0.7)
+    prompts = [rng.integers(16, 500, size=length).tolist() for length in (1, 5, 129, 300)]
+    lengths = (60, 90, 120, 150)  # cycles of four requests, then of three, ...
+    answers = []
+    with speculation.load(checkpoint, depth, devices="gpu:0", max_batch_size=len(prompts)) as model:
+        for captures in (True, False):
+            model.pipeline.use_cycles(captures=captures)
+            requests = [speculation.request(*pair) for pair in zip(prompts, lengths, strict=True)]
+            answers.append(speculation.generate(model, requests))
+            graphs = model.pipeline.cycles.graphs
+            launched = (graphs.verify, graphs.accept, *graphs.depths, graphs.hand_over)
+            assert all(graph.captures == captures for graph in launched), "a graph was not captured: see the log"
+    assert answers[0] == answers[1]

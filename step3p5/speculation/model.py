@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from ..precision import activation_dtype
 from ..step3p5 import index_within_cache
 from ..tokenizer import check_token_ids
 from ..weight_adapters import host_buffer
+from .captured import CapturedGraph
+from .cycle_graphs import Acceptance, Handover
 from .draft_heads import DraftHeads
 from .draft_vocabulary import draft_vocabulary_size
 from .drafted import Drafted, DraftReader
@@ -37,6 +39,7 @@ from .graphs import RowSelection, TokenSelection, VerifyingStep3p5
 from .host_rows import host_dtype, rows_from_host, rows_to_host
 from .kept_rows import DeviceRows, KeptRows, Rows, common_source, concatenated, split_rows
 from .rows import DraftRows
+from .steady_cycle import CycleGraphs, DepthInputs
 from .transfers import OneCopy
 from .verified_tokens import tokens_to_verify
 
@@ -44,6 +47,9 @@ logger = logging.getLogger("max.pipelines")
 
 SELECTION, TOKENS = "mtp_rows", "mtp_tokens"
 """Roles of the graphs that select the drafts' rows and the tokens to verify."""
+
+ACCEPTANCE, HANDOVER = "mtp_acceptance", "mtp_handover"
+"""Roles of the graphs of a `SteadyCycle`; with a single depth there is none."""
 
 TYPICAL_CONTEXT = 1024
 """Tokens of a request that the byte account assumes; where contexts are longer, measured times tell."""
@@ -99,6 +105,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         config = self.arch_config_as(Step3p5Config)
         self.drafts = [models[depth_role(depth)] for depth in range(len(config.drafting_layers))]
         self._selection, self._tokens = models.get(SELECTION), models.get(TOKENS)
+        self._acceptance, self._handover = models.get(ACCEPTANCE), models.get(HANDOVER)
         device = self.devices[0]
         # Each waits for its own last copy alone.
         self._to_verify, self._to_draft, self._drafts = OneCopy(device), OneCopy(device), DraftReader(device)
@@ -162,6 +169,13 @@ class SpeculativeStep3p5Model(Step3p5Model):
         specs[SELECTION] = GraphSpec(selection, "step3p5_mtp_rows", selection.input_types(), weights={})
         tokens = TokenSelection(len(drafting), device)
         specs[TOKENS] = GraphSpec(tokens, "step3p5_mtp_tokens", tokens.input_types(), weights={})
+        if len(drafting) > 1:
+            accept = Acceptance(
+                len(drafting), vocab_size, model_config.model.hidden_size, hidden_dtype, model_config.devices[0]
+            )
+            specs[ACCEPTANCE] = GraphSpec(accept, "step3p5_mtp_acceptance", accept.input_types(), weights={})
+            handover = Handover(len(drafting), device)
+            specs[HANDOVER] = GraphSpec(handover, "step3p5_mtp_handover", handover.input_types(), weights={})
         return specs
 
     def verify(
@@ -232,11 +246,12 @@ class SpeculativeStep3p5Model(Step3p5Model):
             kept_rows = rows_from_host(on_host, hidden.dtype, self.devices[0])
         else:
             kept_rows, plan = source[0].on_device, plan.with_kept_at(source[1], int(hidden.shape[0]))
-        rows, keep, tokens, following, row_offsets, cache_lengths, *known = self._to_draft.send(
+        rows, keep, tokens, following, last_rows, row_offsets, cache_lengths, *known = self._to_draft.send(
             plan.rows,
             plan.keep,
             plan.tokens,
             plan.following,
+            plan.last_rows,
             plan.input_row_offsets,
             plan.cache_lengths,
             *plan.known,
@@ -263,6 +278,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
                 previous,
                 tokens,
                 following,
+                last_rows,
                 after,
                 row_offsets,
                 *self._depth_scalars[depth],
@@ -271,6 +287,45 @@ class SpeculativeStep3p5Model(Step3p5Model):
             )
             drafted.append(chosen)
         return self._drafts.start(drafted), split_rows(to_keep, plan.keep_counts)
+
+    def cycle_graphs(self, known_tokens: int | None, longest: int, captures: bool) -> CycleGraphs | None:
+        """What a `SteadyCycle` runs; `None` with less than two depths.
+
+        Args:
+            known_tokens: Tokens that may be drawn, the first ones; `None` for all.
+            longest: The most positions that a query of a cycle sees.
+            captures: Whether the graphs are captured.
+        """
+        if self._acceptance is None or self._handover is None:
+            return None
+        config = self.arch_config_as(Step3p5Config)
+        vocab_size = config.model.vocab_size
+
+        def head_inputs(depth: int) -> tuple[Buffer, ...]:
+            return self.heads.inputs(depth) if self.heads is not None else ()
+
+        return CycleGraphs(
+            verify=CapturedGraph(self.model, "verification", captures),
+            accept=CapturedGraph(self._acceptance, "acceptance", captures),
+            depths=[CapturedGraph(draft, f"MTP depth {depth}", captures) for depth, draft in enumerate(self.drafts)],
+            hand_over=CapturedGraph(self._handover, "the next tokens", captures),
+            depth_inputs=[
+                DepthInputs(str(layer.attention.kind), scalars, partial(head_inputs, depth))
+                for depth, (layer, scalars) in enumerate(zip(config.drafting_layers, self._depth_scalars, strict=True))
+            ],
+            known_tokens=Buffer.from_numpy(np.array([min(known_tokens or vocab_size, vocab_size)])).to(self.devices[0]),
+            hidden_size=config.model.hidden_size,
+            hidden_dtype=activation_dtype(config.dtype, config.devices[0]),
+            device=self.devices[0],
+            dispatch_metadata=self._dispatch_metadata,
+            longest=longest,
+        )
+
+    def _dispatch_metadata(self, kind: str, batch_size: int, max_rows: int, max_length: int) -> Buffer:
+        """How the attention of a kind of cache is laid out for requests of at most `max_rows` rows each."""
+        params = self.arch_config_as(Step3p5Config).kv_params.child(kind, KVCacheParams)
+        key = params.resolve_attn_key(batch_size, max_rows, max_length)
+        return key.pack_into_buffer(self.devices[0], max_length)
 
     @cached_property
     def _depth_scalars(self) -> list[tuple[Buffer, Buffer]]:
@@ -299,9 +354,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         if len(drafting) < pages.shape[0]:
             pages = Buffer.from_numpy(pages.to_numpy()[list(drafting)]).to(self.devices[0])
         if metadata is not None:
-            params = self.arch_config_as(Step3p5Config).kv_params.child(kind, KVCacheParams)
-            key = params.resolve_attn_key(len(drafting), plan.max_prompt_length, plan.max_length)
-            metadata = key.pack_into_buffer(self.devices[0], plan.max_length)
+            metadata = self._dispatch_metadata(kind, len(drafting), plan.max_prompt_length, plan.max_length)
         return dataclasses.replace(
             cache,
             lookup_table=pages,

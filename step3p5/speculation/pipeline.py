@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from max.driver import Buffer
+from max.driver import Buffer, DeviceEvent, is_virtual_device_mode
+from max.nn.kv_cache import BatchCharacteristics
+from max.nn.kv_cache.cache_params import spec_decode_cache_slack
 from max.pipelines.context import TextContext, TextGenerationOutput
 from max.pipelines.context.exceptions import InputError
 from max.pipelines.lib.pipeline_variants.text_generation import TextGenerationPipeline
@@ -17,13 +19,17 @@ from max.pipelines.speculative.utils import _SpeculativeDecodingMetrics
 from max.support.algorithm import flatten2d
 from typing_extensions import override
 
+from ..steady_batch import takes_the_best
 from .acceptance import can_verify_drafts, commit, contexts_ahead, num_accepted
 from .drafted import Drafts
 from .model import SpeculativeStep3p5Model
+from .padding import Padding, padded_size
 from .policy import AdaptiveDepth, DraftPlan, FixedDepth
-from .rows import Advance, draft_rows
+from .rows import Advance, Int64, draft_rows
 from .state import RequestState
 from .statistics import Statistics
+from .steady_cycle import Start, SteadyCycles
+from .steady_run import SteadyRun
 
 
 class SpeculativePipeline(TextGenerationPipeline[TextContext]):
@@ -48,6 +54,25 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             AdaptiveDepth(model.depth, model.cycle_bytes) if schedule is None else FixedDepth(schedule, model.depth)
         )
 
+        self.cycles: SteadyCycles | None = None
+        self._run: SteadyRun | None = None
+        self._padding = Padding(self._kv_manager, max(model.depth - 1, 0))
+        self._planned_ahead: DraftPlan | None = None
+        if model.depth and model.stays_on_device and not is_virtual_device_mode():
+            self.use_cycles(captures=True)
+
+    def use_cycles(self, *, captures: bool) -> None:
+        """Lets requests that only decode, greedily and at full depth, go through a `SteadyCycle` a step.
+
+        Args:
+            captures: Whether its graphs are captured, which takes a GPU.
+        """
+        manager, model = self._kv_manager, self._pipeline_model
+        longest = model.max_seq_len + spec_decode_cache_slack(manager.params)
+        longest = min(longest, manager.effective_max_seq_length or longest)
+        graphs = model.cycle_graphs(self.vocab_size, longest, captures)
+        self.cycles = None if graphs is None else SteadyCycles(graphs)
+
     def batch_spec_decode_metrics(self) -> _SpeculativeDecodingMetrics | None:
         """Acceptance of the last step, for the scheduler's log and `/metrics`; `None` without speculation."""
         return self._step_metrics
@@ -69,6 +94,9 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         batch = flatten2d(inputs.batches)
         if not batch:
             return {}
+        self._planned_ahead = None
+        if (run := self._run_to_go_on(batch)) is not None:
+            return self._execute_cycle(run)
         started = time.perf_counter()
         states = [self._state(context) for context in batch]
         drafts = [self._drafts_to_verify(context, state) for context, state in zip(batch, states, strict=True)]
@@ -81,7 +109,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         drawn = self._sample(logits, batch, drafts)
         first_rows = self._commit(batch, drafts, drawn)
         verified = time.perf_counter()
-        if pure and self._planned.num_requests == len(batch):
+        if pure and self._planned.num_requests == len(batch) and not self._is_start_of_run(batch):
             self.policy.record_verification(len(batch), self._planned.depth, verified - started)
         if self._pipeline_model.heads is not None:
             self._pipeline_model.heads.see(np.array(drawn))
@@ -91,6 +119,135 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         for context in batch:
             self._kv_manager.step(context)
         return outputs
+
+    def _run_to_go_on(self, batch: list[TextContext]) -> SteadyRun | None:
+        """The run that a step of `batch` belongs to, begun here if need be; `None` where there must be none."""
+        run, model = self._run, self._pipeline_model
+        if run is not None and not run.goes_on_in(batch):
+            self._end_run()
+            run = None
+        if self.cycles is None or not self._can_cycle(batch):
+            self._end_run()
+            return None
+        starts = None if run is not None else self._starts(batch)
+        if run is None and starts is None:
+            return None
+        plan = self.policy.plan(len(batch), True)
+        if plan != DraftPlan(model.depth, len(batch)):
+            self._planned_ahead = plan
+            self._end_run()
+            return None
+        if starts is not None:
+            size = padded_size(len(batch), self.max_batch_size)
+            padding = self._padding.take(size - len(batch))
+            if padding is None:
+                size, padding = len(batch), []
+            cycle = self.cycles.of_size(size)
+            cycle.begin(starts)
+            self._run = run = SteadyRun(batch, padding, cycle)
+        self._planned = plan
+        return run
+
+    def _can_cycle(self, batch: Sequence[TextContext]) -> bool:
+        """Whether all that the requests do is to decode greedily, and there is room for their drafts."""
+        room = self._pipeline_model.max_seq_len - self._pipeline_model.depth
+        return all(
+            context.tokens.active_length == 1
+            and context.tokens.generated_length > 0
+            and len(context.tokens) <= room
+            and takes_the_best(context)
+            and can_verify_drafts(context)
+            for context in batch
+        )
+
+    def _is_start_of_run(self, batch: Sequence[TextContext]) -> bool:
+        """Whether a step at full depth only leads to cycles, so that its time foretells nothing."""
+        at_full_depth = self._planned == DraftPlan(self._pipeline_model.depth, len(batch))
+        return self.cycles is not None and at_full_depth and self._can_cycle(batch)
+
+    def _starts(self, batch: Sequence[TextContext]) -> list[Start] | None:
+        """Where the requests stand, if all of them have what a cycle begins with."""
+        depth, keep = self._pipeline_model.depth, self._pipeline_model.depth - 1
+        starts = []
+        for context in batch:
+            state, position = self._states.get(context.request_id), context.tokens.processed_length
+            if (
+                state is None
+                or state.position != position
+                or state.drafts is None
+                or len(state.drafts) != depth
+                or state.first_unread(depth) < position - keep
+            ):
+                return None
+            kept = state.rows_from(position - keep)
+            if sum(map(len, kept)) != keep:
+                return None
+            starts.append(Start(context.tokens.all[position - keep : position + 1], state.drafts, kept))
+        return starts
+
+    def _end_run(self) -> None:
+        """Gives the requests of a run back what they carry from step to step."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        alive = [index for index, context in enumerate(run.batch) if run.stands_still(index) and not context.is_done]
+        if not alive:
+            return
+        depth = self._pipeline_model.depth
+        drafted, kept = run.cycle.end()
+        for index in alive:
+            if (state := self._states.get(run.batch[index].request_id)) is not None:
+                state.advance(run.ends[index], depth, kept[index], Drafts(drafted, index, depth))
+
+    def _execute_cycle(self, run: SteadyRun) -> PipelineOutputsDict[TextGenerationOutput]:
+        """A step of a run."""
+        assert self.cycles is not None
+        started = time.perf_counter()
+        batch, model, longest = run.batch, self._pipeline_model, self.cycles.graphs.longest
+        size = run.cycle.batch_size
+        for context in batch:
+            context.spec_decoding_state.draft_tokens_to_verify = [0] * model.depth
+        caches = self._kv_manager.runtime_inputs(
+            [[*batch, *run.padding]],
+            max_cache_length=longest,
+            batch_characteristics=BatchCharacteristics(size, model.depth + 1, longest),
+        )
+        if model.heads is not None:
+            model.heads.refresh()
+        ready = run.cycle.launch(cast(Any, caches))
+        result = self._wait(run, ready)
+        verified = time.perf_counter()
+        self._commit_cycle(run, result)
+        if model.heads is not None:
+            model.heads.see(result[:, :-1].ravel())
+        if (seconds := run.seconds_of_cycle(verified)) is not None:
+            # What the host does goes on beside the drafting, so that the two have no times of their own.
+            self.policy.record_verification(len(batch), model.depth, seconds)
+            self.policy.record_drafting(len(batch), model.depth, 0.0)
+        outputs = {c.request_id: output for c in batch if (output := c.to_generation_output()).tokens}
+        for context in batch:
+            self._kv_manager.step(context)
+        self.statistics.record_times(verified - started, time.perf_counter() - verified)
+        return outputs
+
+    def _wait(self, run: SteadyRun, ready: DeviceEvent | None) -> Int64:
+        """What a cycle drew and accepted, once it is on the host."""
+        if ready is not None:
+            ready.synchronize()
+        return run.cycle.result[: len(run.batch)]
+
+    def _commit_cycle(self, run: SteadyRun, result: Int64) -> None:
+        """Appends what a cycle drew to the requests, and counts acceptance."""
+        depth, counts = self._pipeline_model.depth, []
+        for context, (*tokens, accepted) in zip(run.batch, result.tolist(), strict=True):
+            commit(context, tokens[: accepted + 1])
+            counts.append((depth, accepted))
+            context.spec_decoding_state.draft_tokens_to_verify = []
+            if context.is_done:
+                self._states.pop(context.request_id, None)
+        run.end_cycle()
+        self._step_metrics = self.statistics.record_step(counts)
+        self.policy.record_acceptance(counts)
 
     def _state(self, context: TextContext) -> RequestState:
         """The request's state; a new one where it is new, or was preempted."""
@@ -174,7 +331,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
                 self._states.pop(context.request_id, None)
         if not running:
             return
-        plan = self.policy.plan(len(running), pure)
+        plan = self._planned_ahead or self.policy.plan(len(running), pure)
         self._planned = plan
         started = time.perf_counter()
         if plan.depth:
@@ -214,5 +371,6 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             amid_prompt = advance.end + 1 < len(advance.tokens)
             drafts = None if amid_prompt or not depth else Drafts(drafted, places[index], depth)
             states[index].advance(advance.end, depth, own_rows, drafts)
-        if plan.depth and pure and plan.num_requests == len(running) and rows.max_prompt_length <= 2 * model.depth:
+        measures = pure and plan.num_requests == len(running) and not self._is_start_of_run(batch)
+        if plan.depth and measures and rows.max_prompt_length <= 2 * model.depth:
             self.policy.record_drafting(len(running), plan.depth, time.perf_counter() - started)

@@ -55,6 +55,7 @@ class DraftRows:
     known: tuple[Int64, ...]
     """`[drafting requests]` for each depth."""
 
+    last_rows: Int64
     input_row_offsets: npt.NDArray[np.uint32]
     cache_lengths: npt.NDArray[np.uint32]
     keeps_all: bool
@@ -112,6 +113,7 @@ def draft_rows(advances: Sequence[Advance], num_hidden_rows: int, depth: int) ->
         known=tuple(
             np.array([_token(a.tokens, a.end + 1 + index) for a in drafting], dtype=np.int64) for index in range(depth)
         ),
+        last_rows=ends - 1,
         input_row_offsets=np.concatenate([[0], ends]).astype(np.uint32),
         cache_lengths=np.array([advance.start - advance.kept for advance in drafting], dtype=np.uint32),
         keeps_all=all(advance.keeps_all for advance in advances),

@@ -1,0 +1,258 @@
+"""A cycle of requests that only decode: verification and drafting launched at once, without the host between them.
+
+Everything that goes from a cycle to the next stays on the device in memory of the batch size's own, so that all graphs
+can be captured. The host learns what was drawn and accepted while the depths draft.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from max.driver import Buffer, Device, DeviceEvent, Usage, batch_inplace_copy
+from max.dtype import DType
+from max.nn.kv_cache import KVCacheInputsPerDevice
+
+from ..model import cache_leaves
+from ..mtp import UNKNOWN_TOKEN
+from .captured import CapturedGraph
+from .drafted import Drafted, DraftReader
+from .host_rows import host_dtype, rows_from_host, rows_to_host
+from .kept_rows import DeviceRows, KeptRows, Rows, common_source, concatenated, split_rows
+from .rows import Int64
+
+Cache: TypeAlias = KVCacheInputsPerDevice[Buffer, Buffer]
+
+SETTLED = 2
+"""Cycles of a batch size that are executed before its graphs are captured: many last no longer."""
+
+MOST_CAPTURED_ROWS = 2048
+"""Verified tokens of all captured batch sizes together; a token's logits take 0.8 MB."""
+
+
+@dataclass(frozen=True)
+class DepthInputs:
+    """What a depth takes besides a cycle's own: its kind of cache, its scalars, and what its head takes."""
+
+    kind: str
+    scalars: tuple[Buffer, Buffer]
+    head: Callable[[], tuple[Buffer, ...]]
+
+
+@dataclass(frozen=True)
+class CycleGraphs:
+    """The compiled graphs of a cycle, and what they are fed with."""
+
+    verify: CapturedGraph
+    accept: CapturedGraph
+    depths: Sequence[CapturedGraph]
+    hand_over: CapturedGraph
+    depth_inputs: Sequence[DepthInputs]
+    known_tokens: Buffer
+    """Tokens that can be drawn, `[1]` int64."""
+
+    hidden_size: int
+    hidden_dtype: DType
+    device: Device
+    dispatch_metadata: Callable[[str, int, int, int], Buffer]
+    """The attention's dispatch metadata of a kind of cache, by requests, rows of each and the greatest length."""
+
+    longest: int
+    """Positions for which a captured graph's attention is laid out."""
+
+    @property
+    def depth(self) -> int:
+        """How many tokens a cycle drafts."""
+        return len(self.depths)
+
+    @property
+    def keep(self) -> int:
+        """Positions that the depths read once more."""
+        return self.depth - 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a request stands when a cycle begins.
+
+    `window` are its tokens at the positions `p - K … p`, `kept` the hidden states of `p - K … p - 1`, in pieces.
+    """
+
+    window: Int64
+    drafts: Sequence[int]
+    kept: Sequence[Rows]
+
+
+class SteadyCycle:
+    """The memory and the graphs of one batch size.
+
+    Args:
+        graphs: The compiled graphs.
+        batch_size: Requests.
+    """
+
+    def __init__(self, graphs: CycleGraphs, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._graphs, self._device = graphs, graphs.device
+        self._cycles = 0
+        depth, keep = graphs.depth, graphs.keep
+        self.rows_each = keep + depth + 1
+        rows = batch_size * self.rows_each
+        self._verified = self._buffer(DType.int64, batch_size * (depth + 1))
+        self._window = self._buffer(DType.int64, batch_size, keep + 1)
+        self._kept = self._buffer(graphs.hidden_dtype, batch_size, keep, graphs.hidden_size)
+        self._offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(depth + 1))
+        self._logit_rows = self._constant(np.arange(batch_size * (depth + 1)))
+        self._row_places = self._constant(np.arange(rows))
+        self._draft_places = self._constant(np.arange(rows, rows + batch_size))
+        self._draft_offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(self.rows_each))
+        self._unknown = self._constant(np.full(batch_size, UNKNOWN_TOKEN, dtype=np.int64))
+        self._most_rows = Buffer.from_numpy(np.array([self.rows_each], dtype=np.uint32))
+        self._metadata: dict[str, Buffer] = {}
+        self._drafted: list[Buffer] = []
+        self._reader = DraftReader(graphs.device)
+        self._result: Buffer | None = None
+        if not graphs.device.is_host:
+            self._result = Buffer(DType.int64, [batch_size, depth + 2], graphs.device, Usage.STAGING | Usage.UNTRACKED)
+
+    def begin(self, starts: Sequence[Start]) -> None:
+        """Fills the memory with where the requests stand; those that are missing to the batch size read zeros."""
+        depth, keep = self._graphs.depth, self._graphs.keep
+        window = np.zeros((self.batch_size, keep + 1), dtype=np.int64)
+        verified = np.zeros((self.batch_size, depth + 1), dtype=np.int64)
+        for request, start in enumerate(starts):
+            window[request] = start.window
+            verified[request] = [start.window[-1], *start.drafts[:]]
+        self._verified.inplace_copy_from(Buffer.from_numpy(verified.reshape(-1)))
+        self._window.inplace_copy_from(Buffer.from_numpy(window))
+        pieces = [piece for start in starts for piece in start.kept]
+        all_rows = self._kept.view(self._kept.dtype, (self.batch_size * keep, self._graphs.hidden_size))
+        rows = all_rows[: len(starts) * keep, :]
+        source = None if self._device.is_host else common_source(pieces)
+        if source is None:
+            on_host = concatenated(pieces, self._graphs.hidden_size, host_dtype(self._kept.dtype))
+            rows.inplace_copy_from(rows_from_host(on_host, self._kept.dtype, self._device))
+            return
+        kept, places = source
+        batch_inplace_copy(
+            [rows[to : to + 1, :] for to in range(len(places))],
+            [kept.on_device[place : place + 1, :] for place in places.tolist()],
+        )
+
+    def launch(self, caches: Mapping[str, Sequence[Cache]]) -> DeviceEvent | None:
+        """Launches a cycle; `result` is there when the event is (`None`: at once)."""
+        graphs = self._graphs
+        self._cycles += 1
+        captured = self._cycles > SETTLED
+
+        def run(graph: CapturedGraph, *inputs: Buffer) -> list[Buffer]:
+            return graph.run(self.batch_size, *inputs) if captured else graph.execute(*inputs)
+
+        logits, hidden = run(graphs.verify, self._verified, self._offsets, self._logit_rows, *cache_leaves(caches))
+        previous, tokens, following, last_rows, lengths, result = run(
+            graphs.accept,
+            logits,
+            hidden,
+            self._verified,
+            next(iter(caches.values()))[0].cache_lengths,
+            graphs.known_tokens,
+            self._row_places,
+            self._draft_places,
+            self._kept,
+            self._window,
+        )
+        ready = None
+        if self._result is None:
+            self._on_host = result.to_numpy()
+        else:
+            self._result.inplace_copy_from(result)
+            self._on_host = self._result.to_numpy()
+            ready = self._device.default_queue.record_event()
+        leaves = {
+            kind: cache_leaves(self._draft_cache(kind, caches[kind][0], lengths))
+            for kind in {inputs.kind for inputs in graphs.depth_inputs}
+        }
+        self._drafted = []
+        for graph, inputs in zip(graphs.depths, graphs.depth_inputs, strict=True):
+            previous, tokens, chosen, _ = run(
+                graph,
+                previous,
+                tokens,
+                following,
+                last_rows,
+                self._unknown,
+                self._draft_offsets,
+                *inputs.scalars,
+                *inputs.head(),
+                *leaves[inputs.kind],
+            )
+            self._drafted.append(chosen)
+        run(graphs.hand_over, self._window, self._verified, *self._drafted)
+        return ready
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last cycle ran as all that follow will: nothing was captured in it."""
+        return self._cycles > SETTLED + 1
+
+    @property
+    def result(self) -> npt.NDArray[np.int64]:
+        """Of each request the drawn tokens and how many of its drafts they accept, `[batch, d + 2]`."""
+        return self._on_host
+
+    def end(self) -> tuple[Drafted, list[Rows]]:
+        """What the last cycle drafted, and the hidden states of each request's last positions, as copies."""
+        drafted = self._reader.start([drafts.copy() for drafts in self._drafted])
+        shape = (self.batch_size * self._graphs.keep, self._graphs.hidden_size)
+        rows = self._kept.copy().view(self._kept.dtype, shape)
+        kept: Rows = rows_to_host(rows) if self._device.is_host else DeviceRows(KeptRows(rows), 0, shape[0])
+        return drafted, split_rows(kept, [self._graphs.keep] * self.batch_size)
+
+    def forget_captures(self) -> None:
+        """Releases what was captured for this batch size."""
+        self._cycles = 0
+        for graph in (self._graphs.verify, self._graphs.accept, *self._graphs.depths, self._graphs.hand_over):
+            graph.forget(self.batch_size)
+
+    def _draft_cache(self, kind: str, cache: Cache, cache_lengths: Buffer) -> Cache:
+        """The cache of `kind` as the depths see it."""
+        if cache.attention_dispatch_metadata is not None and kind not in self._metadata:
+            self._metadata[kind] = self._graphs.dispatch_metadata(
+                kind, self.batch_size, self.rows_each, self._graphs.longest
+            )
+        return dataclasses.replace(
+            cache,
+            cache_lengths=cache_lengths,
+            max_prompt_length=self._most_rows,
+            attention_dispatch_metadata=self._metadata.get(kind),
+        )
+
+    def _buffer(self, dtype: DType, *shape: int) -> Buffer:
+        return Buffer.zeros(shape, dtype, self._device)
+
+    def _constant(self, values: npt.NDArray[Any]) -> Buffer:
+        return Buffer.from_numpy(values).to(self._device)
+
+
+class SteadyCycles:
+    """The cycles of all batch sizes; what was not used for the longest time gives its captured graphs up.
+
+    Args:
+        graphs: The compiled graphs.
+    """
+
+    def __init__(self, graphs: CycleGraphs) -> None:
+        self.graphs = graphs
+        self._cycles: dict[int, SteadyCycle] = {}
+
+    def of_size(self, batch_size: int) -> SteadyCycle:
+        """The cycle of a batch size."""
+        cycle = self._cycles.pop(batch_size, None) or SteadyCycle(self.graphs, batch_size)
+        self._cycles[batch_size] = cycle  # the last one used stands last
+        while sum(self._cycles) * (self.graphs.depth + 1) > MOST_CAPTURED_ROWS and len(self._cycles) > 1:
+            self._cycles.pop(next(iter(self._cycles))).forget_captures()
+        return cycle

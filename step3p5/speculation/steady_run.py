@@ -1,0 +1,44 @@
+"""Requests that go from cycle to cycle together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from max.pipelines.context import TextContext
+
+from ..steady_batch import same_requests
+from .steady_cycle import SteadyCycle
+
+
+class SteadyRun:
+    """A batch in a `SteadyCycle`.
+
+    Args:
+        batch: The requests, in the order of the cycle.
+        padding: What comes after them up to the cycle's size.
+        cycle: Its memory and graphs.
+    """
+
+    def __init__(self, batch: Sequence[TextContext], padding: Sequence[TextContext], cycle: SteadyCycle) -> None:
+        self.batch, self.padding, self.cycle = list(batch), list(padding), cycle
+        self.ends: list[int] = []
+        """Processed length of each request when the last cycle ended."""
+        self.end_cycle()
+        self._verified: float | None = None
+
+    def goes_on_in(self, batch: Sequence[TextContext]) -> bool:
+        """Whether `batch` is this one, as the last cycle left it."""
+        return same_requests(self.batch, batch) and all(map(self.stands_still, range(len(batch))))
+
+    def stands_still(self, index: int) -> bool:
+        """Whether a request is where the last cycle left it: it was not preempted."""
+        return self.batch[index].tokens.processed_length == self.ends[index]
+
+    def end_cycle(self) -> None:
+        """Takes note of where the requests are."""
+        self.ends = [context.tokens.processed_length for context in self.batch]
+
+    def seconds_of_cycle(self, verified: float) -> float | None:
+        """Seconds from the verification before to that at `verified`; `None` where that is not the time to expect."""
+        before, self._verified = self._verified, verified
+        return None if before is None or not self.cycle.settled else verified - before

@@ -1,0 +1,86 @@
+"""The small graphs of a cycle, against the same written out request by request in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from max.driver import Buffer
+from max.dtype import DType
+from max.engine import InferenceSession, Model
+from max.graph import DeviceRef
+
+from step3p5.speculation.cycle_graphs import Acceptance, Handover
+
+DEPTHS = (2, 3)
+VOCAB, HIDDEN, KNOWN = 40, 8, 36
+
+
+def load(module: Acceptance | Handover, name: str) -> Model:
+    # By the name that the model gives it: MAX's cache of compiled graphs does not tell graphs apart by their names.
+    return InferenceSession().load(module.trace(*module.input_types(), name=name))
+
+
+@pytest.fixture(scope="module", params=DEPTHS)
+def acceptance(request: pytest.FixtureRequest) -> tuple[int, Model]:
+    depth = int(request.param)
+    return depth, load(Acceptance(depth, VOCAB, HIDDEN, DType.float32, DeviceRef.CPU()), "step3p5_mtp_acceptance")
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, batch: int) -> None:
+    depth, model = acceptance
+    keep = depth - 1
+    rows = keep + depth + 1
+    right = rng.integers(depth + 1, size=batch)
+    logits = rng.standard_normal((batch, depth + 1, VOCAB)).astype(np.float32)
+    logits[:, :, KNOWN:] += 100  # no words: never drawn
+    drawn = logits[:, :, :KNOWN].argmax(-1)
+    verified = rng.integers(KNOWN, size=(batch, depth + 1))
+    for request, count in enumerate(right):
+        verified[request, 1 : count + 1] = drawn[request, :count]
+        if count < depth:
+            verified[request, count + 1] = (drawn[request, count] + 1) % KNOWN
+    hidden = rng.standard_normal((batch, depth + 1, HIDDEN)).astype(np.float32)
+    kept = rng.standard_normal((batch, keep, HIDDEN)).astype(np.float32)
+    window = rng.integers(KNOWN, size=(batch, keep + 1))
+    lengths = rng.integers(10, 50, size=batch).astype(np.uint32)
+
+    new_kept, new_window = Buffer.from_numpy(kept.copy()), Buffer.from_numpy(window.copy())
+    found = model.execute(
+        Buffer.from_numpy(logits.reshape(-1, VOCAB)),
+        Buffer.from_numpy(hidden.reshape(-1, HIDDEN)),
+        Buffer.from_numpy(verified.reshape(-1)),
+        Buffer.from_numpy(lengths),
+        Buffer.from_numpy(np.array([KNOWN])),
+        Buffer.from_numpy(np.arange(batch * rows)),
+        Buffer.from_numpy(np.arange(batch * rows, batch * rows + batch)),
+        new_kept,
+        new_window,
+    )
+    previous, tokens, following, last_rows, draft_lengths, result = (buffer.to_numpy() for buffer in found)
+
+    np.testing.assert_array_equal(result, np.concatenate([drawn, right[:, None]], axis=1))
+    np.testing.assert_array_equal(draft_lengths, lengths - keep)
+    chosen = rng.integers(100, 200, size=batch)
+    next_tokens = np.concatenate([tokens, chosen])[following].reshape(batch, rows)
+    for request, count in enumerate(right):
+        last = keep + count
+        assert last_rows[request] == request * rows + last
+        states = np.concatenate([kept[request], hidden[request]])
+        np.testing.assert_array_equal(previous.reshape(batch, rows, HIDDEN)[request], states)
+        sequence = [*window[request], *drawn[request]]
+        assert tokens.reshape(batch, rows)[request].tolist() == sequence[1:]
+        assert next_tokens[request, : last + 1].tolist() == [*sequence[2 : last + 2], chosen[request]]
+        np.testing.assert_array_equal(new_kept.to_numpy()[request], states[count + 1 : count + 1 + keep])
+        assert new_window.to_numpy()[request].tolist() == sequence[count + 1 : count + 2 + keep]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_handover(rng: np.random.Generator, depth: int) -> None:
+    model, batch = load(Handover(depth, DeviceRef.CPU()), "step3p5_mtp_handover"), 3
+    window = rng.integers(100, size=(batch, depth))
+    drafted = rng.integers(100, size=(depth, batch))
+    verified = Buffer.from_numpy(np.zeros(batch * (depth + 1), dtype=np.int64))
+    model.execute(Buffer.from_numpy(window), verified, *map(Buffer.from_numpy, drafted))
+    want = np.concatenate([window[:, -1:], drafted.T], axis=1)
+    np.testing.assert_array_equal(verified.to_numpy().reshape(batch, depth + 1), want)

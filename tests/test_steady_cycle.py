@@ -1,0 +1,181 @@
+"""Cycles without the host between verifying and drafting, on a CPU, where they are executed instead of captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SEED
+from harness import FIRST_TEXT_TOKEN, Prompt
+from max.pipelines.context import SamplingParams, TextContext
+from max.pipelines.lib.auto_model import AutoModel
+from max.pipelines.lib.generate import GenerateIterator
+from speculation_harness import GREEDY, generate, load, request
+
+from step3p5.checkpoint_tensors import CheckpointDtype
+from step3p5.random_checkpoint.writer import write_random_checkpoint
+from step3p5.speculation.padding import padded_size
+from step3p5.speculation.policy import DraftPlan, FixedDepth
+from step3p5.speculation.steady_cycle import SteadyCycle
+
+DEPTH = 3
+
+Verified = dict[tuple[str, int], list[int]]
+"""The drafts that were verified of a request at a position."""
+
+
+@pytest.fixture(scope="module")
+def predictable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `tiny` checkpoint whose drafts are right more often than not."""
+    folder = tmp_path_factory.mktemp("predictable") / "tiny"
+    write_random_checkpoint(folder, "tiny", None, CheckpointDtype.FLOAT32, SEED, predictable=0.7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drafting(predictable: Path) -> Iterator[AutoModel]:
+    """`predictable` with all its depths; no prefix cache, with which the drafts of a second run may be others."""
+    with load(predictable, DEPTH, enable_prefix_caching=False) as model:
+        yield model
+
+
+@pytest.fixture(params=[False, True], ids=["by the host", "on the device"])
+def handed_on(drafting: AutoModel, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """How drafts and kept rows go from a step to the next where there is no cycle: as on a CPU, and as on a GPU."""
+    monkeypatch.setattr(drafting.pipeline._pipeline_model, "stays_on_device", request.param)
+
+
+@contextmanager
+def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) -> Iterator[tuple[Verified, list[int]]]:
+    """Keeps all drafts that are verified, and the batch size of every cycle."""
+    verified: Verified = {}
+    sizes: list[int] = []
+    names = {context.request_id: f"request {index}" for index, context in enumerate(contexts)}
+    commit, launch = pipeline._commit, SteadyCycle.launch
+
+    def keep_commit(batch: Sequence[TextContext], drafts: Sequence[Sequence[int]], drawn: list[int]) -> list[int]:
+        for context, own in zip(batch, drafts, strict=True):
+            verified[names[context.request_id], len(context.tokens)] = list(own[:])
+        return list(commit(batch, drafts, drawn))
+
+    def keep_launch(cycle: SteadyCycle, caches: Any) -> Any:
+        sizes.append(cycle.batch_size)
+        tokens = cycle._verified.to_numpy().reshape(cycle.batch_size, -1)
+        for context, own in zip(pipeline._run.batch, tokens.tolist(), strict=False):  # padding follows
+            assert own[0] == context.tokens.active[0]
+            verified[names[context.request_id], len(context.tokens)] = own[1:]
+        return launch(cycle, caches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_commit", keep_commit)
+        patch.setattr(SteadyCycle, "launch", keep_launch)
+        if cycles:
+            pipeline.use_cycles(captures=False)
+        try:
+            yield verified, sizes
+        finally:
+            pipeline.cycles = None
+
+
+def prompts_of(rng: np.random.Generator, *lengths: int) -> list[Prompt]:
+    return [rng.integers(FIRST_TEXT_TOKEN, 500, size=length).tolist() for length in lengths]
+
+
+def assert_same_drafts(found: Verified, want: Verified) -> None:
+    """Near its longest length a request without cycles has fewer drafts."""
+    assert found.keys() == want.keys()
+    for place, drafts in want.items():
+        assert found[place][: len(drafts)] == drafts, place
+
+
+@pytest.mark.usefixtures("handed_on")
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_cycles_draft_and_draw_the_same(drafting: AutoModel, rng: np.random.Generator, batch_size: int) -> None:
+    """Requests end at different times, so that cycles of one size follow those of another."""
+    prompts = prompts_of(rng, *rng.integers(1, 300, size=batch_size))
+    lengths = rng.integers(20, 60, size=batch_size).tolist()
+
+    def requests() -> list[TextContext]:
+        return [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
+
+    contexts = requests()
+    with recorded(drafting.pipeline, contexts, cycles=False) as (want_drafts, _):
+        want = generate(drafting, contexts)
+    contexts = requests()
+    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, sizes):
+        assert generate(drafting, contexts) == want
+    assert_same_drafts(drafts, want_drafts)
+    assert max(sizes) == batch_size
+    assert {padded_size(size, batch_size) for size in sizes} == set(sizes)
+    assert len(sizes) > 5
+
+
+@pytest.mark.usefixtures("handed_on")
+def test_cycles_come_and_go_with_the_depth(drafting: AutoModel, rng: np.random.Generator) -> None:
+    """Steps at other depths, and of some requests alone, lie between cycles."""
+
+    class Changing(FixedDepth):
+        step = 0
+
+        def plan(self, batch: int, pure: bool) -> DraftPlan:
+            self.step += 1
+            if self.step % 7 == 0:
+                return DraftPlan(1, batch)
+            return DraftPlan(DEPTH, 1 if self.step % 11 == 0 else batch)
+
+    prompts, pipeline = prompts_of(rng, 5, 130, 40), drafting.pipeline
+    want = generate(drafting, [request(prompt, 90) for prompt in prompts])
+    contexts = [request(prompt, 90) for prompt in prompts]
+    always, pipeline.policy = pipeline.policy, Changing([(1, 8, DEPTH)], DEPTH)
+    try:
+        with recorded(pipeline, contexts, cycles=True) as (drafts, sizes):
+            assert generate(drafting, contexts) == want
+    finally:
+        pipeline.policy = always
+    assert sizes
+    assert drafts
+
+
+@pytest.mark.usefixtures("handed_on")
+def test_a_request_that_is_hung_up_ends_the_run_of_the_others(drafting: AutoModel, rng: np.random.Generator) -> None:
+    prompts, pipeline = prompts_of(rng, 60, 9, 33), drafting.pipeline
+    want = generate(drafting, [request(prompt, 40) for prompt in prompts])
+    contexts = [request(prompt, 40) for prompt in prompts]
+    generated: list[Prompt] = [[] for _ in contexts]
+    with (
+        recorded(pipeline, contexts, cycles=True) as (_, sizes),
+        GenerateIterator.from_contexts(pipeline, contexts) as batch,
+    ):
+        while not batch.done:
+            for row, tokens in batch.step().items():
+                generated[row] += tokens
+            if len(sizes) == 3:
+                batch.remove(1)
+    assert generated[0] == want[0]
+    assert generated[2] == want[2]
+    assert len(generated[1]) < 40
+
+
+def test_what_is_not_greedy_goes_without_cycles(drafting: AutoModel, rng: np.random.Generator) -> None:
+    sampled = SamplingParams(temperature=2.0, top_k=100, top_p=0.95, seed=SEED, ignore_eos=True)
+    prompts = prompts_of(rng, 20, 30)
+
+    def requests() -> list[TextContext]:
+        return [request(prompts[0], 30, GREEDY), request(prompts[1], 30, sampled)]
+
+    want = generate(drafting, requests())
+    contexts = requests()
+    with recorded(drafting.pipeline, contexts, cycles=True) as (_, sizes):
+        assert generate(drafting, contexts) == want
+    assert 2 not in sizes
+
+
+def test_batches_are_filled_up_to_few_sizes() -> None:
+    sizes = [padded_size(batch, 64) for batch in range(1, 65)]
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(batch <= size <= 1.5 * batch for batch, size in enumerate(sizes, start=1))
+    assert padded_size(50, 60) == 60
