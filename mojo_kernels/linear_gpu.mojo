@@ -32,6 +32,12 @@ comptime WARPS = 8
 comptime STAGES = 2
 comptime BLOCKS = 2
 
+comptime NARROW_WARPS = 16
+comptime NARROW_STAGES = 4
+"""Where units are few, a block requests a whole one before the tokens are there: a depth of 4096 (the router's)."""
+
+comptime NARROW_SHARE = 0
+"""A matrix with at most one unit for so many multiprocessors is narrow; 0: none is."""
 
 comptime MATRICES = 4
 """Most matrices that one launch multiplies the same tokens with."""
@@ -98,11 +104,11 @@ struct LinearWeights[dtype: DType](ImplicitlyCopyable):
 
 
 @__llvm_metadata(
-    MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
+    MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(warps * LANES))
 )
-@__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS if warps == WARPS else 1))
 def linear_stream_gpu[
-    dtype: DType, tiles: Int
+    dtype: DType, tiles: Int, warps: Int, stages: Int
 ](
     y0: Elements[dtype],
     y1: Elements[dtype],
@@ -137,8 +143,8 @@ def linear_stream_gpu[
     var rows = weights.rows(first)
     if first == last:
         rows.depth = 0
-    var stream = Stream[WARPS, STAGES](rows)
-    var partials = Partials[WARPS, tiles]()
+    var stream = Stream[warps, stages](rows)
+    var partials = Partials[warps, tiles]()
     # The weights do not depend on the preceding kernel, the tokens do.
     wait_on_dependent_grids()
     launch_dependent_grids()
@@ -161,7 +167,7 @@ def linear_stream_gpu[
                 token,
                 size,
             )
-            for i in range(Int(warp_id()), ceildiv(size, TILE_TOKENS), WARPS):
+            for i in range(Int(warp_id()), ceildiv(size, TILE_TOKENS), warps):
                 var sums = partials.total(i)
                 comptime for j in range(2):
                     var t = i * TILE_TOKENS + lane_column() // 4 + j
@@ -194,11 +200,14 @@ def linear_stream[
     for i in range(MATRICES):
         units += out_features[i] // TILE_ROWS
 
-    def enqueue[tiles: Int]() raises {imm}:
-        comptime kernel = linear_stream_gpu[dtype, tiles]
-        var blocks = BLOCKS * ctx.get_attribute(
-            DeviceAttribute.MULTIPROCESSOR_COUNT
-        )
+    var multiprocessors = ctx.get_attribute(
+        DeviceAttribute.MULTIPROCESSOR_COUNT
+    )
+
+    def enqueue[
+        tiles: Int, warps: Int = WARPS, stages: Int = STAGES
+    ]() raises {imm}:
+        comptime kernel = linear_stream_gpu[dtype, tiles, warps, stages]
         ctx.enqueue_function[kernel](
             y[0],
             y[1],
@@ -215,12 +224,14 @@ def linear_stream[
             Int32(out_features[1]),
             Int32(out_features[2]),
             Int32(out_features[3]),
-            grid_dim=min(blocks, units),
-            block_dim=WARPS * LANES,
+            grid_dim=min(BLOCKS * multiprocessors, units),
+            block_dim=warps * LANES,
             attributes=pdl_launch_attributes(PDLLevel.ON),
         )
 
-    if tokens <= TILE_TOKENS:
+    if tokens > TILE_TOKENS:
+        enqueue[4]()
+    elif units * NARROW_SHARE > multiprocessors or NARROW_SHARE == 0:
         enqueue[1]()
     else:
-        enqueue[4]()
+        enqueue[1, NARROW_WARPS, NARROW_STAGES]()
