@@ -105,8 +105,8 @@ def down_stream_gpu[
 ):
     """`y_t = shared_down shared_act_t + sum_k weights[t, k] * (down_e act)`.
 
-    The list of the experts is read before the preceding kernel has ended. That is sound because whatever wrote it
-    ended before the activations' kernel began.
+    The list of the experts is read before the preceding kernel has ended. That is sound because whatever wrote it had
+    ended when the activations' kernel let this one begin.
     """
     var columns = external_memory[
         Float32, address_space=AddressSpace.SHARED, alignment=16
@@ -163,7 +163,7 @@ def down_stream_gpu[
     var held_weights = Array[Float32, max(holds, 1)](fill=0)
     var all_held = Int(tokens * top_k) <= holds * LANES
     var holding = all_held and warp_id() == 0
-    # The preceding kernel has them from where the list is from.
+    # Where the list is from, and the preceding kernel has read them, too; the weights may be that kernel's.
     comptime for h in range(holds):
         var slot = h * LANES + Int(lane_id())
         if holding and slot < Int(tokens * top_k):
