@@ -24,11 +24,6 @@ comptime MAX_ASSIGNMENTS = 512
 
 comptime MAX_EXPERTS_A_LANE = 16
 
-comptime EARLY = False
-"""Whether the next kernel may begin with this one and not only when the logits are there. It may: everything but the
-logits had been written when this kernel began, because the one that computes them waits before it lets this one begin.
-"""
-
 
 def assign_kernel[
     normalize: Bool, experts_a_lane: Int
@@ -54,11 +49,8 @@ def assign_kernel[
         MAX_ASSIGNMENTS, Int32, address_space=AddressSpace.SHARED
     ]()
     var lane = Int(lane_id())
-    comptime if EARLY:
-        launch_dependent_grids()
     wait_on_dependent_grids()
-    comptime if not EARLY:
-        launch_dependent_grids()
+    launch_dependent_grids()
     for token in range(Int(warp_id()), Int(tokens), WARPS):
         var scores = Array[Float32, experts_a_lane](fill=0)
         var keys = Array[Int32, experts_a_lane](fill=Int32.MIN)

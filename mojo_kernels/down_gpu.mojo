@@ -9,13 +9,11 @@ from max.gpu import (
     MAX_THREADS_PER_BLOCK_METADATA,
     barrier,
     block_idx,
-    lane_id,
     thread_idx,
     warp_id,
 )
 from max.gpu.host import DeviceContext, FuncAttribute
 from max.gpu.memory import external_memory
-from max.gpu.primitives import warp
 from max.gpu.primitives.grid_controls import (
     PDLLevel,
     launch_dependent_grids,
@@ -24,7 +22,6 @@ from max.gpu.primitives.grid_controls import (
 )
 from std.math import ceildiv, fma
 from std.sys import size_of
-from std.sys._assembly import inlined_assembly
 from std.utils import StaticTuple
 
 from .operands import Elements, Floats, Ids
@@ -52,39 +49,14 @@ comptime STAGES = 2
 comptime BLOCKS = 2
 """Blocks of a multiprocessor: 256 of 16 columns fill 132 multiprocessors once."""
 
-comptime RESIDENT = 2
-"""Blocks for which a multiprocessor must have registers."""
-
-comptime AHEAD = 0
-"""Experts whose rows are brought to the second-level cache while the activations are still computed, behind what is
-requested into registers.
-"""
-
-comptime HELD = 0
-"""Assignments that each lane of the first warp holds with their weights: they are read once, not between two experts.
-"""
-
 comptime MAX_TOKENS = 1024
 """Tokens whose columns fit into the shared memory of a block, of which there are two."""
-
-
-@always_inline
-def fetch_ahead(source: BFloats, elements: Int):
-    """Brings elements to the second-level cache; by all threads of the block.
-    """
-    for at in range(Int(thread_idx.x) * CHUNK, elements, WARPS * LANES * CHUNK):
-        _ = inlined_assembly[
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            UInt32,
-            constraints="=r,l",
-            has_side_effect=True,
-        ](source.unsafe_offset(at))
 
 
 @__llvm_metadata(
     MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
 )
-@__llvm_metadata(`nvvm.minctasm`=SIMDLength(RESIDENT))
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
 def down_stream_gpu[
     dtype: DType, tiles: Int
 ](
@@ -105,8 +77,8 @@ def down_stream_gpu[
 ):
     """`y_t = shared_down shared_act_t + sum_k weights[t, k] * (down_e act)`.
 
-    The list of the experts is read before the preceding kernel has ended. That is sound because whatever wrote it had
-    ended when the activations' kernel let this one begin.
+    The list of the experts is read before the preceding kernel has ended. That is sound because whatever wrote it
+    ended before the activations' kernel began.
     """
     var columns = external_memory[
         Float32, address_space=AddressSpace.SHARED, alignment=16
@@ -150,52 +122,8 @@ def down_stream_gpu[
     var partials = Partials[WARPS, tiles]()
     for i in range(Int(thread_idx.x), Int(tokens) * TILE_ROWS, WARPS * LANES):
         columns[unsafe_offset=i] = 0
-    comptime if AHEAD > 0:
-        var begun = 0 if shared_size > 0 else 1
-        for hit in range(begun, min(begun + AHEAD, count)):
-            var matrix = hits.expert(hit) * Int(hidden_size)
-            fetch_ahead(
-                down.unsafe_offset((matrix + first) * Int(intermediate_size)),
-                TILE_ROWS * Int(intermediate_size),
-            )
-    comptime holds = HELD if tiles == 1 else 0
-    var held_rows = Array[Int32, max(holds, 1)](fill=0)
-    var held_weights = Array[Float32, max(holds, 1)](fill=0)
-    var all_held = Int(tokens * top_k) <= holds * LANES
-    var holding = all_held and warp_id() == 0
-    # Where the list is from, and the preceding kernel has read them, too; the weights may be that kernel's.
-    comptime for h in range(holds):
-        var slot = h * LANES + Int(lane_id())
-        if holding and slot < Int(tokens * top_k):
-            held_rows[h] = rows[unsafe_offset=slot]
     wait_on_dependent_grids()
     launch_dependent_grids()
-    comptime for h in range(holds):
-        var slot = h * LANES + Int(lane_id())
-        if holding and slot < Int(tokens * top_k):
-            held_weights[h] = weights[unsafe_offset=Int(held_rows[h])]
-
-    @always_inline
-    def weighted(slot: Int) {imm} -> Tuple[Int, Float32]:
-        """Token and weight of a slot; by all lanes of a warp, the first one where they are held.
-        """
-        if all_held:
-            var row = Int32(0)
-            var weight = Float32(0)
-            comptime for h in range(holds):
-                var lane = UInt32(slot % LANES)
-                var held_row = warp.shuffle_idx(held_rows[h], lane)
-                var held_weight = warp.shuffle_idx(held_weights[h], lane)
-                if slot // LANES == h:
-                    row = held_row
-                    weight = held_weight
-            return Int(row // top_k), weight
-        var assignment = rows[unsafe_offset=slot]
-        return (
-            Int(assignment // top_k),
-            weights[unsafe_offset=Int(assignment)],
-        )
-
     if shared_size > 0:
         var shared_x = ListedRows(shared_act, Int(shared_size))
         var token = 0
@@ -228,9 +156,14 @@ def down_stream_gpu[
                 var sums = partials.total(i)
                 comptime for j in range(2):
                     var t = i * TILE_TOKENS + lane_column() // 4 + j
-                    var token, weight = weighted(slot + min(t, size - 1))
                     if t < size:
-                        add(token, weight, sums[j], sums[2 + j])
+                        var assignment = rows[unsafe_offset=slot + t]
+                        add(
+                            Int(assignment // top_k),
+                            weights[unsafe_offset=Int(assignment)],
+                            sums[j],
+                            sums[2 + j],
+                        )
             slot += size
         pair = following
     barrier()

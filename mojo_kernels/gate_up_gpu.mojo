@@ -44,9 +44,6 @@ comptime STAGES = 2
 comptime BLOCKS = 2
 """Blocks of a multiprocessor: while one adds up its warps' sums, the other reads."""
 
-comptime RESIDENT = 2
-"""Blocks for which a multiprocessor must have registers."""
-
 comptime TILE_WIDTH = 8
 """A block's 16 rows are so many of `gate` and the same of `up`, so that a lane has both halves of a result."""
 
@@ -171,7 +168,7 @@ def stream_gate_up[
 @__llvm_metadata(
     MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
 )
-@__llvm_metadata(`nvvm.minctasm`=SIMDLength(RESIDENT))
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
 def gate_up_stream_gpu[
     dtype: DType, tiles: Int
 ](

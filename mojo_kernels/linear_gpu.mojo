@@ -32,12 +32,6 @@ comptime WARPS = 8
 comptime STAGES = 2
 comptime BLOCKS = 2
 
-comptime NARROW_WARPS = 16
-comptime NARROW_STAGES = 4
-"""Where units are few, a block requests a whole one before the tokens are there: a depth of 4096 (the router's)."""
-
-comptime NARROW_SHARE = 0
-"""A matrix with at most one unit for so many multiprocessors is narrow; 0: none is."""
 
 comptime MATRICES = 4
 """Most matrices that one launch multiplies the same tokens with."""
@@ -104,11 +98,11 @@ struct LinearWeights[dtype: DType](ImplicitlyCopyable):
 
 
 @__llvm_metadata(
-    MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(warps * LANES))
+    MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
 )
-@__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS if warps == WARPS else 1))
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
 def linear_stream_gpu[
-    dtype: DType, tiles: Int, warps: Int, stages: Int
+    dtype: DType, tiles: Int
 ](
     y0: Elements[dtype],
     y1: Elements[dtype],
@@ -143,8 +137,8 @@ def linear_stream_gpu[
     var rows = weights.rows(first)
     if first == last:
         rows.depth = 0
-    var stream = Stream[warps, stages](rows)
-    var partials = Partials[warps, tiles]()
+    var stream = Stream[WARPS, STAGES](rows)
+    var partials = Partials[WARPS, tiles]()
     # The weights do not depend on the preceding kernel, the tokens do.
     wait_on_dependent_grids()
     launch_dependent_grids()
@@ -167,7 +161,7 @@ def linear_stream_gpu[
                 token,
                 size,
             )
-            for i in range(Int(warp_id()), ceildiv(size, TILE_TOKENS), warps):
+            for i in range(Int(warp_id()), ceildiv(size, TILE_TOKENS), WARPS):
                 var sums = partials.total(i)
                 comptime for j in range(2):
                     var t = i * TILE_TOKENS + lane_column() // 4 + j
@@ -200,14 +194,11 @@ def linear_stream[
     for i in range(MATRICES):
         units += out_features[i] // TILE_ROWS
 
-    var multiprocessors = ctx.get_attribute(
-        DeviceAttribute.MULTIPROCESSOR_COUNT
-    )
-
-    def enqueue[
-        tiles: Int, warps: Int = WARPS, stages: Int = STAGES
-    ]() raises {imm}:
-        comptime kernel = linear_stream_gpu[dtype, tiles, warps, stages]
+    def enqueue[tiles: Int]() raises {imm}:
+        comptime kernel = linear_stream_gpu[dtype, tiles]
+        var blocks = BLOCKS * ctx.get_attribute(
+            DeviceAttribute.MULTIPROCESSOR_COUNT
+        )
         ctx.enqueue_function[kernel](
             y[0],
             y[1],
@@ -224,14 +215,12 @@ def linear_stream[
             Int32(out_features[1]),
             Int32(out_features[2]),
             Int32(out_features[3]),
-            grid_dim=min(BLOCKS * multiprocessors, units),
-            block_dim=warps * LANES,
+            grid_dim=min(blocks, units),
+            block_dim=WARPS * LANES,
             attributes=pdl_launch_attributes(PDLLevel.ON),
         )
 
-    if tokens > TILE_TOKENS:
-        enqueue[4]()
-    elif units * NARROW_SHARE > multiprocessors or NARROW_SHARE == 0:
+    if tokens <= TILE_TOKENS:
         enqueue[1]()
     else:
-        enqueue[1, NARROW_WARPS, NARROW_STAGES]()
+        enqueue[4]()
