@@ -60,6 +60,7 @@ def choose_experts[
             own[j] = keys[unsafe_offset=e]
     var total = Float32(0)
     var kept = Float32(0)
+    var kept_id = Int32(0)
     for k in range(top_k):
         var key = Int32.MIN
         var index = Int32.MAX
@@ -75,9 +76,10 @@ def choose_experts[
         total += score
         if lane == k:
             kept = score
-            chosen[unsafe_offset=k] = Int32(best)
-            ids[unsafe_offset=k] = Int32(best)
+            kept_id = Int32(best)
     if lane < top_k:
+        chosen[unsafe_offset=lane] = kept_id
+        ids[unsafe_offset=lane] = kept_id
         comptime if normalize:
             kept /= total + 1e-20
         weights[unsafe_offset=lane] = kept * scale

@@ -13,7 +13,7 @@ from max.gpu.primitives.grid_controls import (
 from max.gpu.sync import syncwarp
 from std.math import ceildiv
 from std.sys import is_nvidia_gpu, size_of
-from std.sys._assembly import inlined_assembly
+from std.sys.intrinsics import llvm_intrinsic
 
 from .operands import Floats, Ids
 from .score import order_key, sigmoid
@@ -25,12 +25,9 @@ comptime WARPS = 4
 @always_inline
 def reduce_lanes[operation: StaticString](value: Int32) -> Int32:
     """The "min" or "max" of all lanes of an NVIDIA warp."""
-    return inlined_assembly[
-        "redux.sync." + operation + ".s32 $0, $1, 0xffffffff;",
-        Int32,
-        constraints="=r,r",
-        has_side_effect=True,
-    ](value)
+    return llvm_intrinsic["llvm.nvvm.redux.sync." + operation, Int32](
+        value, Int32(-1)
+    )
 
 
 @always_inline

@@ -241,13 +241,13 @@ def router_kernel[
         copy_piece(
             Int32(Int(memory.piece(at + 1))), high.unsafe_offset(s * STEP)
         )
+    var _, expert = divide(thread, Int(experts))
     # Nothing is stored into a block that does not run yet.
     cluster_arrive_relaxed()
     # The weights do not depend on the preceding kernel, the tokens do. The experts' kernel begins with what depends on
     # the tokens alone: so they must be there when it is launched.
     wait_on_dependent_grids()
     launch_dependent_grids()
-    var expert = thread % Int(experts)
     var own_bias = bias[unsafe_offset=expert]
     var pieces = depth // 8
     for i in range(thread, Int(tokens) * pieces, Int(block_dim.x)):
