@@ -9,10 +9,11 @@ logits as close as that may swap places. Behind the first difference the texts a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -151,26 +152,42 @@ def recorded_logits(pipeline: Any) -> Iterator[dict[tuple[int, int], TopTwo]]:
     A token that is verified again, since an earlier token of its step was rejected, has its last logits.
     """
     model = pipeline._pipeline_model
-    original = model.verify
     seen: dict[tuple[int, int], TopTwo] = {}
     numbers: dict[RequestID, int] = {}
 
-    def verify(contexts: Any, drafts: Any, *rest: Any) -> Any:
-        results = original(contexts, drafts, *rest)
-        rows = np.array(results[0].to_numpy())
+    def keep(contexts: Sequence[Any], num_drafts: Sequence[int], logits: Any) -> None:
+        rows = np.array(logits.to_numpy())
         start = 0
-        for context, own in zip(contexts, drafts, strict=True):
+        for context, drafts in zip(contexts, num_drafts, strict=True):
             number = numbers.setdefault(context.request_id, len(numbers))
-            for ahead in range(len(own) + 1):
+            for ahead in range(drafts + 1):
                 seen[number, context.tokens.generated_length + ahead] = top_two(rows[start + ahead])
-            start += len(own) + 1
-        return results
+            start += drafts + 1
 
-    model.verify = verify
-    try:
+    def in_step(original: Callable[..., Any]) -> Callable[..., Any]:
+        def verify(contexts: Any, drafts: Any, *rest: Any) -> Any:
+            results = original(contexts, drafts, *rest)
+            keep(contexts, [len(own) for own in drafts], results[0])
+            return results
+
+        return verify
+
+    def in_cycle(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            results = original(*inputs)
+            batch = pipeline._run.batch  # what fills it up follows
+            keep(batch, [model.depth] * len(batch), results[0])
+            return results
+
+        return run
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(model, "verify", in_step(model.verify)))
+        if pipeline.cycles is not None:
+            graph = pipeline.cycles.graphs.verify
+            for name in ("run", "execute"):
+                patches.enter_context(patch.object(graph, name, in_cycle(getattr(graph, name))))
         yield seen
-    finally:
-        del model.verify
 
 
 def top_two(logits: npt.NDArray[np.float32]) -> TopTwo:
