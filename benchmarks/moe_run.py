@@ -186,6 +186,7 @@ class Machine:
         """Seconds a launch, of every measurement: replays of the captured graph, which wait for no host."""
         key = 1
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the capture takes memory of its own
         outputs = model.capture(key, *operands)
         self.device.synchronize()
 
