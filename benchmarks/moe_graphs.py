@@ -56,7 +56,8 @@ def layer_graph() -> Graph:
         router, bias, gate, up, down, *shared = (value.tensor for value in graph.inputs[:8])
         outputs = []
         for x in (value.tensor for value in graph.inputs[8:]):
-            chosen = kernels.router(x, router, bias, top_k=TOP_K, normalize=True, scale=SCALE)
+            logits = kernels.linear(x, router, dtype=F32)
+            chosen = kernels.assign(logits, bias, top_k=TOP_K, normalize=True, scale=SCALE)
             act, shared_act = kernels.gate_up_shared(
                 x, gate, up, shared[0], shared[1], chosen.rows, chosen.offsets, no_limit(), no_limit()
             )

@@ -15,5 +15,4 @@ from .moe_shared import Step3p5MoeDownShared, Step3p5MoeGateUpShared
 from .qkv import Step3p5Qkv
 from .rope import RopeTable
 from .route import Step3p5MoeRoute
-from .router import Step3p5MoeRouter
 from .swiglu import Step3p5Swiglu

@@ -1,9 +1,9 @@
 """Routing and grouping on a GPU: one block does both for few tokens, where starting two kernels takes longer than running them.
 """
 
-from max.gpu import WARP_SIZE, barrier, thread_idx, warp_id
+from max.gpu import WARP_SIZE, barrier, lane_id, thread_idx, warp_id
 from max.gpu.host import DeviceContext
-from max.gpu.memory import external_memory
+from max.gpu.primitives import warp
 from max.gpu.primitives.grid_controls import (
     PDLLevel,
     launch_dependent_grids,
@@ -12,11 +12,10 @@ from max.gpu.primitives.grid_controls import (
 )
 from std.memory import unsafe_stack_allocation
 
-from .choose_gpu import choose_experts, group_chosen, score_expert
-from .group_gpu import group_gpu
+from .group_gpu import SharedIds, group_gpu
 from .operands import Floats, Ids
-from .route_gpu import route_gpu
-from .stream_gpu import SharedIds
+from .route_gpu import route_gpu, warp_best
+from .score import order_key, sigmoid
 
 comptime WARPS = 16
 
@@ -24,12 +23,6 @@ comptime MAX_ASSIGNMENTS = 512
 """Assignments that the block holds in shared memory and ranks by comparing each with all."""
 
 comptime MAX_EXPERTS_A_LANE = 16
-
-comptime SCORE_BYTES = 8
-"""Shared memory of an expert's score and key."""
-
-comptime ROUND_BYTES = 40960
-"""Shared memory of a round's scores and keys, so that the block needs no more than a kernel gets unasked."""
 
 
 def assign_kernel[
@@ -45,53 +38,69 @@ def assign_kernel[
     experts: Int32,
     top_k: Int32,
     scale: Float32,
-    together: Int32,
 ):
-    """Rounds of `together <= WARPS` tokens: all threads score their experts, a warp a token chooses; at the end all threads group.
+    """A warp routes a token with its scores in registers, lane `e % WARP_SIZE` those of expert `e`; then all threads rank the choices.
 
     Parameters:
         normalize: See `step3p5_moe_assign`.
         experts_a_lane: At least `experts / WARP_SIZE`.
     """
-    comptime THREADS = WARPS * WARP_SIZE
     var chosen: SharedIds = unsafe_stack_allocation[
         MAX_ASSIGNMENTS, Int32, address_space=AddressSpace.SHARED
     ]()
-    var scores = external_memory[
-        Float32, address_space=AddressSpace.SHARED, alignment=16
-    ]()
-    var keys = scores.unsafe_offset(Int(together * experts)).unsafe_bitcast[
-        Int32
-    ]()
+    var lane = Int(lane_id())
     wait_on_dependent_grids()
     launch_dependent_grids()
-    for first in range(0, Int(tokens), Int(together)):
-        var size = min(Int(tokens) - first, Int(together))
-        var source = logits.unsafe_offset(first * Int(experts))
-        for i in range(Int(thread_idx.x), size * Int(experts), THREADS):
-            score_expert(
-                scores,
-                keys,
-                i,
-                source[unsafe_offset=i],
-                bias[unsafe_offset=Int(UInt32(i) % UInt32(experts))],
-            )
-        barrier()
-        var own = Int(warp_id())
-        if own < size:
-            var at = (first + own) * Int(top_k)
-            choose_experts[normalize, experts_a_lane](
-                ids.unsafe_offset(at),
-                weights.unsafe_offset(at),
-                chosen.unsafe_offset(at),
-                scores.unsafe_offset(own * Int(experts)),
-                keys.unsafe_offset(own * Int(experts)),
-                Int(experts),
-                Int(top_k),
-                scale,
-            )
-        barrier()
-    group_chosen(rows, offsets, chosen, Int(tokens * top_k), Int(experts))
+    for token in range(Int(warp_id()), Int(tokens), WARPS):
+        var scores = Array[Float32, experts_a_lane](fill=0)
+        var keys = Array[Int32, experts_a_lane](fill=Int32.MIN)
+        comptime for j in range(experts_a_lane):
+            var e = lane + j * WARP_SIZE
+            if e < Int(experts):
+                scores[j] = sigmoid(
+                    logits[unsafe_offset=token * Int(experts) + e]
+                )
+                keys[j] = order_key(scores[j] + bias[unsafe_offset=e])
+        var total = Float32(0)
+        var kept = Float32(0)
+        for k in range(Int(top_k)):
+            var key = Int32.MIN
+            var index = Int32.MAX
+            comptime for j in range(experts_a_lane):
+                if keys[j] > key:
+                    key = keys[j]
+                    index = Int32(lane + j * WARP_SIZE)
+            var best = Int(warp_best(key, index))
+            var score = Float32(0)
+            comptime for j in range(experts_a_lane):
+                if best == lane + j * WARP_SIZE:
+                    score = scores[j]
+                    keys[j] = Int32.MIN
+            score = warp.shuffle_idx(score, UInt32(best % WARP_SIZE))
+            total += score
+            if lane == k:
+                kept = score
+                chosen[unsafe_offset=token * Int(top_k) + k] = Int32(best)
+                ids[unsafe_offset=token * Int(top_k) + k] = Int32(best)
+        if lane < Int(top_k):
+            comptime if normalize:
+                kept /= total + 1e-20
+            weights[unsafe_offset=token * Int(top_k) + lane] = kept * scale
+    barrier()
+    var count = Int(tokens * top_k)
+    comptime threads = WARPS * WARP_SIZE
+    for a in range(Int(thread_idx.x), count, threads):
+        var expert = chosen[unsafe_offset=a]
+        var place = 0
+        for b in range(count):
+            var other = chosen[unsafe_offset=b]
+            place += Int(other < expert or (other == expert and b < a))
+        rows[unsafe_offset=place] = Int32(a)
+    for e in range(Int(thread_idx.x), Int(experts) + 1, threads):
+        var before = 0
+        for b in range(count):
+            before += Int(chosen[unsafe_offset=b] < Int32(e))
+        offsets[unsafe_offset=e] = Int32(before)
 
 
 def assign_gpu[
@@ -114,8 +123,6 @@ def assign_gpu[
 
     def enqueue[experts_a_lane: Int]() raises {imm}:
         comptime kernel = assign_kernel[normalize, experts_a_lane]
-        var each = max(experts, 1) * SCORE_BYTES
-        var together = min(ROUND_BYTES // each, WARPS)
         ctx.enqueue_function[kernel](
             ids,
             weights,
@@ -127,10 +134,8 @@ def assign_gpu[
             Int32(experts),
             Int32(top_k),
             scale,
-            Int32(together),
             grid_dim=1,
             block_dim=WARPS * WARP_SIZE,
-            shared_mem_bytes=together * each,
             attributes=pdl_launch_attributes(PDLLevel.ON),
         )
 

@@ -4,7 +4,6 @@ from max.gpu.host import DeviceContext
 
 from std.utils.static_tuple import StaticTuple
 
-from .assign_gpu import assign_gpu
 from .dense_gpu import (
     dense_fits,
     linear_dense,
@@ -22,7 +21,6 @@ from .grouped_gpu import down_grouped, gate_up_grouped
 from .linear_gpu import MATRICES, linear_fits, linear_stream
 from .operands import Elements, Floats, Ids
 from .plain_gpu import down_plain, gate_up_plain, linear_plain, swiglu_plain
-from .router_gpu import launch_router, router_fits
 from .stream_gpu import BFloats
 
 comptime GROUPED_FROM_TOKENS = 12
@@ -408,65 +406,3 @@ def linear4_gpu[
     for i in range(MATRICES):
         if out_features[i] > 0:
             linear_gpu(y[i], x, w[i], tokens, in_features, out_features[i], ctx)
-
-
-def router_gpu[
-    x_dtype: DType, dtype: DType, //, normalize: Bool
-](
-    ids: Ids,
-    weights: Floats,
-    rows: Ids,
-    offsets: Ids,
-    x: Elements[x_dtype],
-    w: Elements[dtype],
-    bias: Floats,
-    tokens: Int,
-    hidden_size: Int,
-    experts: Int,
-    top_k: Int,
-    scale: Float32,
-    ctx: DeviceContext,
-) raises:
-    """A router, one launch for few tokens, else its product and what it leads to: see `step3p5_moe_router`.
-    """
-    comptime if (
-        ctx.default_device_info.compute == 9.0
-        and x_dtype == BF16
-        and dtype == BF16
-    ):
-        if router_fits(tokens, hidden_size, experts, top_k):
-            return launch_router[normalize](
-                ids,
-                weights,
-                rows,
-                offsets,
-                rebind[BFloats](x),
-                rebind[BFloats](w),
-                bias,
-                tokens,
-                hidden_size,
-                experts,
-                top_k,
-                scale,
-                ctx,
-            )
-    var buffer = ctx.enqueue_create_buffer[DType.float32](
-        max(tokens * experts, 1)
-    )
-    var logits = buffer.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    if tokens > 0:
-        linear_gpu(logits, x, w, tokens, hidden_size, experts, ctx)
-    assign_gpu[normalize](
-        ids,
-        weights,
-        rows,
-        offsets,
-        logits,
-        bias,
-        tokens,
-        experts,
-        top_k,
-        scale,
-        ctx,
-    )
-    _ = buffer^

@@ -12,8 +12,7 @@ from max.gpu.primitives.grid_controls import (
 )
 from max.gpu.sync import syncwarp
 from std.math import ceildiv
-from std.sys import is_nvidia_gpu, size_of
-from std.sys.intrinsics import llvm_intrinsic
+from std.sys import size_of
 
 from .operands import Floats, Ids
 from .score import order_key, sigmoid
@@ -23,20 +22,8 @@ comptime WARPS = 4
 
 
 @always_inline
-def reduce_lanes[operation: StaticString](value: Int32) -> Int32:
-    """The "min" or "max" of all lanes of an NVIDIA warp."""
-    return llvm_intrinsic["llvm.nvvm.redux.sync." + operation, Int32](
-        value, Int32(-1)
-    )
-
-
-@always_inline
 def warp_best(key: Int32, index: Int32) -> Int32:
     """The index of the largest key of all lanes, the lowest among equals."""
-    comptime if is_nvidia_gpu():
-        # Two reductions of a warp in hardware instead of ten shuffles.
-        var largest = reduce_lanes["max"](key)
-        return reduce_lanes["min"](index if key == largest else Int32.MAX)
     var best_key = key
     var best = index
     var distance = WARP_SIZE // 2

@@ -92,31 +92,12 @@ def assign(logits: TensorValue, bias: TensorValue, *, top_k: DimLike, normalize:
             "step3p5_moe_assign",
             device,
             [logits, bias, _scalar(scale)],
-            _assignment_types(tokens, top_k, experts, device),
-            parameters={"normalize": normalize},
-        )
-    )
-
-
-def router(
-    x: TensorValue, w: TensorValue, bias: TensorValue, *, top_k: DimLike, normalize: bool, scale: float
-) -> Assignments:
-    """`assign` of the float32 logits `linear(x, w)`, in one op; on a GPU only: at very few tokens it is one launch.
-
-    Args:
-        x: Tokens `[T, H]`, float32 or bfloat16.
-        w: The router `[E, H]`, float32 or bfloat16.
-        bias: Router bias `[E]`, float32, as of `route`.
-        top_k: As of `route`.
-        normalize: As of `route`.
-        scale: As of `route`.
-    """
-    return Assignments(
-        *custom_op(
-            "step3p5_moe_router",
-            x.device,
-            [x, w, bias, _scalar(scale)],
-            _assignment_types(x.shape[0], top_k, w.shape[0], x.device),
+            [
+                TensorType(DType.int32, (tokens, top_k), device),
+                TensorType(DType.float32, (tokens, top_k), device),
+                TensorType(DType.int32, (tokens * Dim(top_k),), device),
+                TensorType(DType.int32, (experts + 1,), device),
+            ],
             parameters={"normalize": normalize},
         )
     )
@@ -377,15 +358,6 @@ def attend(
         ],
         [q.type],
     )[0]
-
-
-def _assignment_types(tokens: Dim, top_k: DimLike, experts: Dim, device: DeviceRef) -> list[TensorType]:
-    return [
-        TensorType(DType.int32, (tokens, top_k), device),
-        TensorType(DType.float32, (tokens, top_k), device),
-        TensorType(DType.int32, (tokens * Dim(top_k),), device),
-        TensorType(DType.int32, (experts + 1,), device),
-    ]
 
 
 def _scalar(value: float) -> TensorValue:

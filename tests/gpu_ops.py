@@ -59,7 +59,6 @@ def experts(
     act = kernels.gate_up(x, gate, up, rows, offsets, limit)
     y = kernels.down(act, down, rows, offsets, weights)
     gated = kernels.swiglu(x, gate[0], up[0], limit)
-    routed = kernels.router(x, gate[:, 0], bias, top_k=TOP_K, normalize=True, scale=3.0)
     assigned = kernels.assign(logits, bias, top_k=TOP_K, normalize=True, scale=3.0)
     quartet = kernels.linear4(gated, down[0], down[1], down[2], down[3])
     both = kernels.gate_up_shared(x, gate, up, gate[0], up[0], rows, offsets, limit, limit)
@@ -74,7 +73,6 @@ def experts(
         gated,
         kernels.linear(gated, down[0]),
         *assigned,
-        *routed,
         *quartet,
         shared,
     ]

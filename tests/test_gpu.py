@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import speculation_harness as speculation
-from expert_layer import LIMIT, Array, Layer, Operands, as_bfloat16, grouped, rounded
+from expert_layer import LIMIT, Array, Layer, Operands, as_bfloat16, rounded
 from gpu_ops import HEAD_DIM, HEADS, KEY_HEADS, PAGE_SIZE, attend, attend_inputs
 from max.driver import CPU, Accelerator, Buffer, accelerator_count
 from max.dtype import DType
@@ -142,87 +142,6 @@ def test_plain_attention_equals_float64(rng: np.random.Generator) -> None:
                     weights = np.exp(scores - scores.max())
                     want[token, head] = weights @ values[:, kv] / weights.sum()
         np.testing.assert_allclose(found, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
-
-
-ROUTERS = {"the released size": (288, 4096), "a small one": (32, 512), "no multiple of a step": (48, 1056)}
-"""Experts and hidden size; the first two are routed in one launch at few tokens."""
-
-SCALE = 3.0
-
-
-@pytest.fixture(scope="module")
-def router() -> Model:
-    """(x, router, bias) -> ids, weights, rows, offsets."""
-    gpu = DeviceRef.GPU()
-    types = [TensorType(DType.bfloat16, shape, gpu) for shape in (("T", "H"), ("E", "H"))]
-    with Graph("gpu_router", input_types=[*types, TensorType(DType.float32, ("E",), gpu)]) as graph:
-        x, w, bias = (value.tensor for value in graph.inputs)
-        graph.output(*kernels.router(x, w, bias, top_k=TOP_K, normalize=True, scale=SCALE))
-    return InferenceSession(devices=[Accelerator()]).load(graph)
-
-
-def routed(router: Model, x: Array, w: Array, bias: Array) -> list[Array]:
-    """Executes on freed memory full of NaN."""
-    execute(router, [as_bfloat16(np.full_like(x, np.nan)), as_bfloat16(w), bias])
-    return execute(router, [as_bfloat16(x), as_bfloat16(w), bias])
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x.astype(np.float64)))
-
-
-@pytest.mark.parametrize(("experts", "hidden"), ROUTERS.values(), ids=ROUTERS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 40, 100])
-def test_equal_experts_are_chosen_in_ascending_order(
-    router: Model, rng: np.random.Generator, tokens: int, experts: int, hidden: int
-) -> None:
-    """Logits that float32 holds exactly, many of them equal; then a token with NaN, which chooses the first experts."""
-    x = rng.integers(-1, 2, (tokens, hidden)).astype(np.float32)
-    w = rng.integers(-1, 2, (experts, hidden)).astype(np.float32) / 32
-    bias = rng.integers(0, 2, experts).astype(np.float32) / 4
-    scores = sigmoid(x.astype(np.float64) @ w.T.astype(np.float64)).astype(np.float32)
-    expected = np.argsort(-(scores + bias), axis=1, kind="stable")[:, :TOP_K]
-    chosen = np.take_along_axis(scores, expected, axis=1).astype(np.float64)
-    ids, weights, *places = routed(router, x, w, bias)
-    np.testing.assert_array_equal(ids, expected)
-    np.testing.assert_allclose(weights, chosen / chosen.sum(axis=1, keepdims=True) * SCALE, rtol=1e-6)
-    for found, wanted in zip(places, grouped(expected, experts), strict=True):
-        np.testing.assert_array_equal(found, wanted)
-
-    broken = int(rng.integers(tokens))
-    others = np.arange(tokens) != broken
-    x[broken, rng.integers(hidden)] = np.nan
-    expected[broken] = range(TOP_K)
-    ids, with_nan, *places = routed(router, x, w, bias)
-    np.testing.assert_array_equal(ids, expected)
-    assert np.isnan(with_nan[broken]).all()
-    assert with_nan[others].tobytes() == weights[others].tobytes()
-    for found, wanted in zip(places, grouped(expected, experts), strict=True):
-        np.testing.assert_array_equal(found, wanted)
-
-
-@pytest.mark.parametrize(("experts", "hidden"), ROUTERS.values(), ids=ROUTERS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 40])
-def test_the_router_equals_float64(
-    router: Model, rng: np.random.Generator, tokens: int, experts: int, hidden: int
-) -> None:
-    x, w = (
-        rounded(rng.standard_normal((rows, hidden), np.float32) * np.float32(size), DType.bfloat16)
-        for rows, size in ((tokens, 1), (experts, hidden**-0.5))
-    )
-    bias = 0.1 * rng.standard_normal(experts, np.float32)
-    results = routed(router, x, w, bias)
-    ids, weights = results[:2]
-    scores = sigmoid(x.astype(np.float64) @ w.T.astype(np.float64))
-    keys = scores + bias
-    # Experts closer to each other than float32 can tell may change places.
-    best = -np.sort(-keys, axis=1)[:, :TOP_K]
-    np.testing.assert_allclose(np.take_along_axis(keys, ids, axis=1), best, rtol=0, atol=2e-6)
-    assert all(len(set(row)) == TOP_K for row in ids.tolist())
-    chosen = np.take_along_axis(scores, ids, axis=1)
-    np.testing.assert_allclose(weights, chosen / chosen.sum(axis=1, keepdims=True) * SCALE, rtol=1e-5)
-    for first, second in zip(results, routed(router, x, w, bias), strict=True):
-        assert first.tobytes() == second.tobytes()
 
 
 @pytest.fixture(scope="module")

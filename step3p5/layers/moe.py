@@ -91,12 +91,14 @@ class MoE(Module):
 
     def _assign(self, x: TensorValue) -> kernels.Assignments:
         """Every token's experts, their weights and the tokens' order by expert."""
-        config, bias = self.config, self.bias()
-        top_k, normalize, scale = config.top_k, config.normalize_weights, config.router_scaling_factor
-        if config.fp32_gate and x.device.is_gpu():
-            return kernels.router(x, self.gate.weight, bias, top_k=top_k, normalize=normalize, scale=scale)
-        logits = self._router_logits(x)
-        return kernels.assign(logits, bias, top_k=top_k, normalize=normalize, scale=scale)
+        config = self.config
+        return kernels.assign(
+            self._router_logits(x),
+            self.bias(),
+            top_k=config.top_k,
+            normalize=config.normalize_weights,
+            scale=config.router_scaling_factor,
+        )
 
     def _is_here(self, ids: TensorValue) -> TensorValue:
         first, end = (
