@@ -47,32 +47,7 @@ comptime Sums[N: Int] = StaticTuple[Float32, N // 2]
 of the warp's 16."""
 
 
-trait TileRing:
-    """What brings a tile's operands to the warp groups that multiply."""
-
-    def multiply[
-        COLUMNS: Int
-    ](mut self, group: Int, steps: Int) -> Sums[COLUMNS]:
-        """The product of the group's 64 weight rows and the first `COLUMNS` tokens over the next `steps` stages, at
-        least one.
-
-        One group of WGMMAs stays in flight, so that a stage is released a step late.
-        """
-        ...
-
-    def multiply_both[
-        COLUMNS: Int
-    ](mut self, group: Int, steps: Int) -> Tuple[Sums[COLUMNS], Sums[COLUMNS]]:
-        """The products of the first and of the second 64 weight rows with the group's own `COLUMNS` tokens.
-
-        As `multiply` otherwise. `COLUMNS` is a multiple of 8, the rows after which the swizzle begins anew.
-        """
-        ...
-
-
-struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](
-    ImplicitlyCopyable, TileRing
-):
+struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
     """One thread's place in the ring. A stage holds `[TILE_M, TILE_K]` of weights and `[N, TILE_K]` of tokens, swizzled.
 
     The `SHARERS` blocks of a cluster each bring an equal part of the tokens to all of them, so that a stage is free
@@ -279,9 +254,47 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](
             )
 
     @always_inline
+    def load_box[
+        TOKENS: Int, shape: Coord, desc: Coord
+    ](
+        self,
+        x: TMATensorTile[BF16, shape, desc],
+        box: Int,
+        token: Int,
+        column: Int,
+    ):
+        """The calling thread starts the copy of a box of `TOKENS` tokens to every block of the cluster.
+
+        Args:
+            x: Tokens `[T, K]`.
+            box: Index of the box among the stage's.
+            token: First token of the box; tokens behind the last become zero.
+            column: First column, likewise.
+        """
+        var to = TileTensor(
+            self.tokens().unsafe_offset(box * TOKENS * TILE_K),
+            row_major[TOKENS, TILE_K](),
+        )
+        comptime if Self.SHARERS == 1:
+            x.async_copy(
+                to, self.full[unsafe_offset=self.stage], (column, token)
+            )
+        else:
+            x.async_multicast_load(
+                to,
+                self.full[unsafe_offset=self.stage],
+                (column, token),
+                UInt16((1 << Self.SHARERS) - 1),
+            )
+
+    @always_inline
     def multiply[
         COLUMNS: Int
     ](mut self, group: Int, steps: Int) -> Sums[COLUMNS]:
+        """The product of 64 weight rows and the first `COLUMNS` tokens over the next `steps` stages, at least one.
+
+        One group of WGMMAs stays in flight, so that a stage is released a step late.
+        """
         var sums = Sums[COLUMNS](fill=0)
         var last = self.stage
         for step in range(steps):
@@ -311,6 +324,10 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](
     def multiply_both[
         COLUMNS: Int
     ](mut self, group: Int, steps: Int) -> Tuple[Sums[COLUMNS], Sums[COLUMNS]]:
+        """The products of the first and of the second 64 weight rows with the group's own `COLUMNS` tokens.
+
+        As `multiply` otherwise. `COLUMNS` is a multiple of 8, the rows after which the swizzle begins anew.
+        """
         var upper = Sums[COLUMNS](fill=0)
         var lower = Sums[COLUMNS](fill=0)
         var last = self.stage

@@ -7,7 +7,7 @@ from std.sys._assembly import inlined_assembly
 from std.utils.static_tuple import StaticTuple
 
 from .dense_output_gpu import LinearOutput, PairedOutput, Quad
-from .dense_ring_gpu import SharedTile, Sums, TileRing
+from .dense_ring_gpu import DenseRing, SharedTile, Sums
 
 comptime STAGED_TOKENS = 64
 """Tokens whose results a warp group brings in order at a time."""
@@ -151,13 +151,15 @@ def store_tile[
 def multiply_tile[
     D: PairedOutput,
     R: ResultRows,
-    Ring: TileRing,
+    STAGES: Int,
+    SHARERS: Int,
+    MAX_N: Int,
     //,
     N: Int,
 ](
     output: D,
     rows: R,
-    mut ring: Ring,
+    mut ring: DenseRing[MAX_N, STAGES, SHARERS],
     steps: Int,
     staging: SharedTile,
     group: Int,

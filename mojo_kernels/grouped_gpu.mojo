@@ -173,19 +173,17 @@ def _multiply[
 ) raises:
     """Enqueues the kernel for so many tokens."""
 
-    def launch[
-        width: Int, weight_stages: Int, token_stages: Int, box: Int
-    ]() raises {imm}:
-        launch_grouped_wgmma[
-            D, R, width, weight_stages, token_stages, SHARERS, box
-        ](output, rows, offsets, first, second, x, shape, limit, ctx)
+    def launch[width: Int, stages: Int, box: Int]() raises {imm}:
+        launch_grouped_wgmma[D, R, width, stages, SHARERS, box](
+            output, rows, offsets, first, second, x, shape, limit, ctx
+        )
 
     if tokens <= FEW_TOKENS:
-        launch[64, 10, 4, FEW_BOX]()
+        launch[64, 8, FEW_BOX]()
     elif tokens < MANY_TOKENS:
-        launch[128, 8, 4, MIDDLE_BOX]()
+        launch[128, 6, MIDDLE_BOX]()
     else:
-        launch[256, 6, 3, MANY_BOX]()
+        launch[256, 4, MANY_BOX]()
 
 
 def down_grouped[

@@ -1,4 +1,4 @@
-"""The grouped product on Hopper's tensor cores: persistent blocks, two warps load, two warp groups multiply.
+"""The grouped product on Hopper's tensor cores: persistent blocks, one warp loads, two warp groups multiply.
 
 Weights are the left operand of WGMMA and tokens the right one, so that an expert with few tokens costs few columns. The
 blocks of a cluster take neighbouring weight rows of one expert and share its tokens, which each brings in part to all.
@@ -31,18 +31,18 @@ from std.utils.index import IndexList
 from std.utils.static_tuple import StaticTuple
 
 from .dense_output_gpu import PairedOutput
-from .dense_ring_gpu import BF16, SWIZZLE
+from .dense_ring_gpu import (
+    BF16,
+    DenseRing,
+    LOADER,
+    SWIZZLE,
+    THREADS,
+)
 from .dense_store_gpu import (
     ResultRows,
     STAGING_BYTES,
     multiply_tile,
     staging_of,
-)
-from .grouped_ring_gpu import (
-    GROUPED_THREADS,
-    GroupedRing,
-    TOKENS_LOADER,
-    WEIGHTS_LOADER,
 )
 from .grouped_tiles_gpu import TILE_K, TILE_M, TileWalk
 from .operands import Elements, Ids, elements
@@ -159,9 +159,7 @@ def widths[MAX_N: Int]() -> List[Int]:
         return [32, 64, 128, 160, 192, 208, 224, 240, 256]
 
 
-@__llvm_metadata(
-    MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](GROUPED_THREADS)
-)
+@__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
 @__llvm_arg_metadata(first, `nvvm.grid_constant`)
 @__llvm_arg_metadata(second, `nvvm.grid_constant`)
 @__llvm_arg_metadata(x, `nvvm.grid_constant`)
@@ -169,8 +167,7 @@ def grouped_wgmma[
     D: PairedOutput,
     R: GroupedRows,
     MAX_N: Int,
-    WEIGHT_STAGES: Int,
-    TOKEN_STAGES: Int,
+    STAGES: Int,
     SHARERS: Int,
     BOX: Int,
     w_shape: Coord,
@@ -196,7 +193,7 @@ def grouped_wgmma[
     """All tiles of a grouped product; see `GroupedShape`."""
     comptime ROWS = TILE_M // D.TENSORS
     var output = D.of(elements(results), Int(features), limit)
-    var ring = GroupedRing[MAX_N, WEIGHT_STAGES, TOKEN_STAGES, SHARERS]()
+    var ring = DenseRing[MAX_N, STAGES, SHARERS]()
     var rank = Int(block_idx.x) % SHARERS
     comptime if SHARERS == 1:
         barrier()
@@ -207,7 +204,7 @@ def grouped_wgmma[
     var shared_offsets = ring.base.unsafe_offset(
         (ring.BYTES + STAGING_BYTES) // 2
     ).unsafe_bitcast[Int32]()
-    for e in range(Int(thread_idx.x), Int(experts) + 1, GROUPED_THREADS):
+    for e in range(Int(thread_idx.x), Int(experts) + 1, THREADS):
         shared_offsets[unsafe_offset=e] = offsets[unsafe_offset=e]
     barrier()
     var walk = TileWalk[MAX_N](
@@ -220,27 +217,28 @@ def grouped_wgmma[
     var warp = Int(thread_idx.x) // 32
     var tile = Int(block_idx.x) // SHARERS
     var clusters = Int(grid_dim.x) // SHARERS
-    if warp == WEIGHTS_LOADER:
-        if lane_id() != 0:
-            return
-        while walk.find(tile):
-            tile += clusters
-            var row = (walk.row_tile * SHARERS + rank) * ROWS
-            row += walk.expert * Int(expert_rows) + Int(row_begin)
-            for k in range(0, Int(depth), TILE_K):
-                ring.load_weights[D.TENSORS, EVICTION](first, second, row, k)
-        return
-    if warp == TOKENS_LOADER:
+    if warp == LOADER:
         if lane_id() != 0:
             return
         while walk.find(tile):
             tile += clusters
             var boxes = ceildiv(walk.tokens, BOX)
+            var row = (walk.row_tile * SHARERS + rank) * ROWS
+            row += walk.expert * Int(expert_rows) + Int(row_begin)
             for k in range(0, Int(depth), TILE_K):
-                ring.load_tokens[BOX](
-                    x, rank, boxes, walk.slot - Int(slot_begin), k
-                )
-        ring.await_peers()
+                ring.wait_empty()
+                ring.expect(boxes * BOX)
+                ring.load_tile[D.TENSORS, EVICTION](first, second, row, k)
+                for box in range(rank, boxes, SHARERS):
+                    ring.load_box[BOX](
+                        x, box, walk.slot - Int(slot_begin) + box * BOX, k
+                    )
+                ring.step()
+        comptime if SHARERS > 1:
+            # The block must stay as long as another one may signal its barriers.
+            comptime for _ in range(STAGES):
+                ring.wait_empty()
+                ring.step()
         return
     var group = warp // 4
     var staging = staging_of(ring.base, ring.BYTES, group)
@@ -287,8 +285,7 @@ def launch_grouped_wgmma[
     D: PairedOutput,
     R: GroupedRows,
     MAX_N: Int,
-    WEIGHT_STAGES: Int,
-    TOKEN_STAGES: Int,
+    STAGES: Int,
     SHARERS: Int,
     BOX: Int,
 ](
@@ -308,8 +305,7 @@ def launch_grouped_wgmma[
         D: What becomes of the sums.
         R: Where the results go.
         MAX_N: Most tokens of a tile.
-        WEIGHT_STAGES: Stages of the ring of weights.
-        TOKEN_STAGES: Stages of the ring of tokens.
+        STAGES: Stages of the ring.
         SHARERS: Blocks of a cluster.
         BOX: Tokens that one copy brings.
 
@@ -324,7 +320,7 @@ def launch_grouped_wgmma[
         limit: Bounds an activation.
         ctx: The device.
     """
-    comptime Ring = GroupedRing[MAX_N, WEIGHT_STAGES, TOKEN_STAGES, SHARERS]
+    comptime Ring = DenseRing[MAX_N, STAGES, SHARERS]
     comptime BYTES = Ring.BYTES + STAGING_BYTES
     var bytes = BYTES + (shape.experts + 1 + 2 * MAX_N) * size_of[DType.int32]()
     var weight_rows = shape.experts * shape.expert_rows
@@ -355,8 +351,7 @@ def launch_grouped_wgmma[
         D,
         R,
         MAX_N,
-        WEIGHT_STAGES,
-        TOKEN_STAGES,
+        STAGES,
         SHARERS,
         BOX,
         W.tile_shape,
@@ -380,7 +375,7 @@ def launch_grouped_wgmma[
         Int32(shape.slot_end),
         limit,
         grid_dim=ctx.default_device_info.sm_count // SHARERS * SHARERS,
-        block_dim=GROUPED_THREADS,
+        block_dim=THREADS,
         cluster_dim=Dim(SHARERS),
         shared_mem_bytes=bytes,
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
