@@ -83,11 +83,11 @@ def draw_serving(result: Result, figure: Figure) -> None:
 
 
 def draw_experts(result: Result, figure: Figure) -> None:
-    """The routed experts by number of tokens: each routing's time, the floor set by bytes, and vLLM's."""
+    """The first variant's routed experts by number of tokens: each routing's time, the floor set by bytes, and vLLM's."""
     axis = figure.subplots()
     by_routing = defaultdict(list)
     for row in result["experts"]:
-        if row["variant"] == "default":
+        if row["variant"] == result["experts"][0]["variant"]:
             by_routing[row["routing"]].append(row)
     for routing, rows in by_routing.items():
         rows.sort(key=lambda row: row["tokens"])
@@ -261,6 +261,17 @@ KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
 }
 """What draws a result, by its `benchmark`; one without the field is `moe.py`'s."""
 
+TABLES = frozenset({"speculation_profile", "speculation_tokens", "starts"})
+"""Benchmarks whose results are not drawn: their tables say all."""
+
+
+def is_drawn(source: Path) -> bool:
+    """Whether a result is of a benchmark that is drawn; what is no result is, so that drawing says why not."""
+    try:
+        return json.loads(source.read_text()).get("benchmark") not in TABLES
+    except (AttributeError, ValueError):
+        return True
+
 
 def draw(source: Path, target: Path) -> None:
     """Draws the result in `source` to the PNG file `target`.
@@ -289,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit status is 1 if a file could not be drawn."""
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw results of the benchmarks as PNG files.")
     parser.add_argument("files", metavar="FILE", type=Path, nargs="*", help="default: all of benchmarks/results/")
-    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("*.json"))
+    files = parser.parse_args(arguments).files or sorted(filter(is_drawn, RESULTS.glob("*.json")))
     status = 0
     for source in files:
         try:

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bandwidth
 import contention
 import forward
+import plot
 import report
 from forward_cases import Case, Precision, evaluate, make_cases
 
@@ -242,3 +243,9 @@ class FakeBatch:
 
     def step(self) -> None:
         self.steps -= 1
+
+
+def test_results_that_are_tables_are_not_drawn(tmp_path: Path) -> None:
+    for name, text in {"starts": '{"benchmark": "starts"}', "busy": '{"benchmark": "busy"}', "broken": "["}.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    assert [plot.is_drawn(tmp_path / f"{name}.json") for name in ("starts", "busy", "broken")] == [False, True, True]
