@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from bandwidth import usable_cores
 from dense_graphs import LAUNCHES, SHAPES, TENSORS
 from max.driver import Buffer
 from max.engine import Model
 from moe_run import DEVICE, Machine, relative_error
-from report import format_table, write_json
+from report import Environment, format_table, write_json
 
 ROUNDS = 4
 """Executions of a graph that are timed, one behind the other."""
@@ -71,8 +72,9 @@ HEADER += ["close", "same bits", "NaN kept"]
 class Report:
     """Everything that a run found."""
 
+    benchmark: str
     gpu: str
-    date: str
+    environment: Environment
     rows: list[Row]
 
 
@@ -170,8 +172,8 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     machine = Machine()
-    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    report = Report(torch.cuda.get_device_name(), date, [])
+    environment = Environment.of_this_process(usable_cores())
+    report = Report("dense", torch.cuda.get_device_name(), environment, [])
     names = variants if variants is not None else sorted(path.name for path in folder.iterdir() if path.is_dir())
     for variant in names:
         for op, shapes in SHAPES.items():

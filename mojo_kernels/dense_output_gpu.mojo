@@ -70,7 +70,7 @@ trait PairedOutput(DenseOutput):
     ](
         self, first: StaticTuple[Float32, N], second: StaticTuple[Float32, N]
     ) -> StaticTuple[Float32, N]:
-        """What becomes of both tensors' sums."""
+        """What becomes of both tensors' sums; of one tensor's, themselves."""
         ...
 
 
@@ -167,7 +167,8 @@ struct Float32Output(DenseOutput, ImplicitlyCopyable):
 
 @fieldwise_init
 struct SwigluOutput(ImplicitlyCopyable, PairedOutput):
-    """Eight rows of `gate` alternate with eight of `up`, so that a lane holds both sums of an activation.
+    """Activations. For `store` eight rows of `gate` alternate with eight of `up`, so that a lane holds both sums of one;
+    for `activated` they lie apart.
     """
 
     comptime dtype = DType.bfloat16

@@ -195,7 +195,7 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
     ):
         """The calling thread starts the copies of a stage's weights: an equal part of each tensor, one behind the other.
 
-        Copies that several lanes start at a time run one after the other, at some hundred cycles each.
+        One thread starts them, since several lanes' copies run one after the other at a cost of their own.
 
         Args:
             first: Weights `[M, K]`.
