@@ -83,7 +83,7 @@ def draw_serving(result: Result, figure: Figure) -> None:
 
 
 def draw_experts(result: Result, figure: Figure) -> None:
-    """The first variant's routed experts by number of tokens: each routing's time, the floor set by bytes, and vLLM's."""
+    """The first variant's routed experts by number of tokens: each routing's time, the floor set by bytes, vLLM's."""
     axis = figure.subplots()
     by_routing = defaultdict(list)
     for row in result["experts"]:
