@@ -20,7 +20,7 @@ from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.speculation.padding import padded_size
 from step3p5.speculation.policy import DraftPlan, FixedDepth
-from step3p5.speculation.steady_cycle import SteadyCycle
+from step3p5.speculation.steady_cycle import Start, SteadyCycle
 
 DEPTH = 3
 
@@ -86,14 +86,32 @@ def prompts_of(rng: np.random.Generator, *lengths: int) -> list[Prompt]:
 
 
 def assert_same_drafts(found: Verified, want: Verified) -> None:
-    """Near its longest length a request without cycles has fewer drafts.
-
-    Single drafts have been seen to differ, once in some fifty, for a reason that is not known; it costs acceptance and
-    no token. A depth that read anything wrong would draft otherwise most of the time.
-    """
+    """Near its longest length a request without cycles has fewer drafts."""
     assert found.keys() == want.keys()
     others = [place for place, drafts in want.items() if found[place][: len(drafts)] != drafts]
-    assert len(others) <= max(3, len(want) // 20), others
+    assert not others
+
+
+def test_a_cycle_begins_with_what_it_is_given(drafting: AutoModel, rng: np.random.Generator) -> None:
+    """Copies go on after the call that starts them: what they read must live as long."""
+    pipeline = drafting.pipeline
+    pipeline.use_cycles(captures=False)
+    graphs, batch = pipeline.cycles.graphs, 2
+    pipeline.cycles = None
+    cycle = SteadyCycle(graphs, batch)
+    for _ in range(200):
+        tokens = rng.integers(FIRST_TEXT_TOKEN, 500, size=(batch, graphs.keep + 1 + graphs.depth))
+        kept = rng.standard_normal((batch, graphs.keep, graphs.hidden_size), dtype=np.float32)
+        cycle.begin(
+            [
+                Start(own[: graphs.keep + 1].copy(), own[graphs.keep + 1 :].tolist(), [rows.copy()])
+                for own, rows in zip(tokens, kept, strict=True)
+            ]
+        )
+        np.full((64, graphs.hidden_size), np.nan, dtype=np.float32)  # takes memory that is free
+        np.testing.assert_array_equal(cycle._verified.to_numpy().reshape(batch, -1), tokens[:, graphs.keep :])
+        np.testing.assert_array_equal(cycle._window.to_numpy(), tokens[:, : graphs.keep + 1])
+        np.testing.assert_array_equal(cycle._kept.to_numpy(), kept)
 
 
 @pytest.mark.usefixtures("handed_on")

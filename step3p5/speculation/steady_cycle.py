@@ -113,6 +113,7 @@ class SteadyCycle:
         self._unknown = self._constant(np.full(batch_size, UNKNOWN_TOKEN, dtype=np.int64))
         self._most_rows = Buffer.from_numpy(np.array([self.rows_each], dtype=np.uint32))
         self._metadata: dict[str, Buffer] = {}
+        self._begun: list[Buffer] = []  # a copy goes on after the call, on a CPU too, and keeps no source alive
         self._drafted: list[Buffer] = []
         self._reader = DraftReader(graphs.device)
         self._result: Buffer | None = None
@@ -127,15 +128,17 @@ class SteadyCycle:
         for request, start in enumerate(starts):
             window[request] = start.window
             verified[request] = [start.window[-1], *start.drafts[:]]
-        self._verified.inplace_copy_from(Buffer.from_numpy(verified.reshape(-1)))
-        self._window.inplace_copy_from(Buffer.from_numpy(window))
+        self._begun = [Buffer.from_numpy(verified.reshape(-1)), Buffer.from_numpy(window)]
+        for memory, values in zip((self._verified, self._window), self._begun, strict=True):
+            memory.inplace_copy_from(values)
         pieces = [piece for start in starts for piece in start.kept]
         all_rows = self._kept.view(self._kept.dtype, (self.batch_size * keep, self._graphs.hidden_size))
         rows = all_rows[: len(starts) * keep, :]
         source = None if self._device.is_host else common_source(pieces)
         if source is None:
             on_host = concatenated(pieces, self._graphs.hidden_size, host_dtype(self._kept.dtype))
-            rows.inplace_copy_from(rows_from_host(on_host, self._kept.dtype, self._device))
+            self._begun.append(rows_from_host(on_host, self._kept.dtype, self._device))
+            rows.inplace_copy_from(self._begun[-1])
             return
         kept, places = source
         batch_inplace_copy(
