@@ -13,12 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gpu_compilation import HOPPER, Compilation, models
 from harness import Runner, silence_unknown, write_checkpoint
 from reference import Reference
 from server import LONG_FORM, Server
+from test_parallel_plan import MODES
 
 STEADY_SEED = 3
 SEED = int(os.environ.get("STEP3P5_TEST_SEED", secrets.randbelow(1 << 31)))
+
+
+HOPPER_MODELS = pytest.StashKey[Compilation]()
 
 
 def pytest_report_header() -> str:
@@ -77,6 +82,26 @@ def server(steady: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """A server on `steady` that all tests share: none may end it."""
     with Server(steady, tmp_path_factory.mktemp("server"), options=(*LONG_FORM, "--host", "127.0.0.1")) as running:
         yield running
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Starts a compilation of minutes on one core, to go on beside the tests; what waits for it comes last."""
+    waiting = [item for item in session.items if "hopper_models" in getattr(item, "fixturenames", ())]
+    if waiting and not session.config.option.collectonly:
+        session.items.sort(key=waiting.__contains__)
+        session.stash[HOPPER_MODELS] = models(HOPPER, 2, ("whole", "mtp", *MODES))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Ends the compilation if nothing has waited for it."""
+    if (compilation := session.stash.get(HOPPER_MODELS, None)) is not None:
+        compilation.stop()
+
+
+@pytest.fixture(scope="session")
+def hopper_models(request: pytest.FixtureRequest) -> Compilation:
+    """The compilation of the model for Hopper: on one device, with its drafts, and in every mode on two."""
+    return request.session.stash[HOPPER_MODELS]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -21,7 +21,7 @@ from step3p5.config_parser import parse_model_config
 from step3p5.layer_config import ModelConfig
 from step3p5.random_checkpoint.tokenizer import tokenizer_files
 
-EXAMPLES = int(os.environ.get("STEP3P5_TEST_CONFIGURATIONS", "3"))
+EXAMPLES = int(os.environ.get("STEP3P5_TEST_CONFIGURATIONS", "2"))
 """Each is a compilation."""
 
 HEAD_DIM = 32

@@ -5,48 +5,19 @@ Graphs compiled together share their kernels. For more devices and for other GPU
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from test_parallel_plan import MODES
-
-HERE = Path(__file__).parent
-
-HOPPER = "cuda:sm_90a"
-TARGETS = [HOPPER, "cuda:sm_100a", "hip:gfx942"]
-
-
-def run(program: str, *arguments: str, timeout: int) -> subprocess.CompletedProcess[str]:
-    """Runs a program beside this file."""
-    # Importing MAX changes the process's environment behind Python's back: hand children Python's view of it.
-    return subprocess.run(
-        [sys.executable, HERE / program, *arguments],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ),
-        timeout=timeout,
-    )
-
-
-def compile_models(target: str, num_devices: int, names: Sequence[str], timeout: int) -> int:
-    """Compiles graphs of the model together; returns the seconds that it took."""
-    start = time.perf_counter()
-    compilation = run("gpu_models.py", target, str(num_devices), *names, timeout=timeout)
-    assert (compilation.returncode, compilation.stdout) == (0, "compiled"), compilation.stderr[-4000:]
-    return round(time.perf_counter() - start)
+from gpu_compilation import TARGETS, Compilation, ops
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_op_compiles(target: str) -> None:
-    compilation = run("gpu_ops.py", target, timeout=900)
-    assert (compilation.returncode, compilation.stdout) == (0, "compiled"), compilation.stderr[-4000:]
+    ops(target).finish(timeout=900)
 
 
-def test_the_model_compiles_for_hopper(record_property: Callable[[str, object], None]) -> None:
+def test_the_model_compiles_for_hopper(
+    hopper_models: Compilation, record_property: Callable[[str, object], None]
+) -> None:
     """On one GPU, with its drafts, and in every mode on two."""
-    record_property("seconds", compile_models(HOPPER, 2, ["whole", "mtp", *MODES], timeout=3000))
+    record_property("seconds", hopper_models.finish(timeout=3000))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from test_gpu_compile import HOPPER, TARGETS, compile_models
+from gpu_compilation import HOPPER, TARGETS, models
 from test_parallel_plan import MODES
 
 pytestmark = pytest.mark.skipif("STEP3P5_LONG_TESTS" not in os.environ, reason="many minutes: make test-long")
@@ -19,4 +19,4 @@ CASES = [(num_devices, target) for num_devices in (2, 8) for target in TARGETS i
 
 @pytest.mark.parametrize(("num_devices", "target"), CASES)
 def test_every_mode_compiles(num_devices: int, target: str, record_property: Callable[[str, object], None]) -> None:
-    record_property("seconds", compile_models(target, num_devices, list(MODES), timeout=7200))
+    record_property("seconds", models(target, num_devices, MODES).finish(timeout=7200))
