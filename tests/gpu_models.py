@@ -38,7 +38,7 @@ from step3p5.layer_config import ModelConfig
 from step3p5.mtp import MTPDepth, PartialHead, SharedHead
 from step3p5.parallel_plan import parallel_plan
 from step3p5.parallel_step3p5 import ParallelStep3p5
-from step3p5.speculation.cycle_graphs import Acceptance, Handover
+from step3p5.speculation.cycle_graphs import Acceptance, GreedyDraw, Handover
 from step3p5.speculation.graphs import RowSelection, TokenSelection, VerifyingStep3p5
 from step3p5.step3p5 import Step3p5
 
@@ -121,7 +121,9 @@ def mtp_graphs(module: Module) -> Graph:
     rows.trace(*rows.input_types(), name="rows", module=module)
     tokens = TokenSelection(1, DeviceRef.GPU())
     tokens.trace(*tokens.input_types(), name="tokens", module=module)
-    accept = Acceptance(3, config.model.vocab_size, config.model.hidden_size, DTYPE, DeviceRef.GPU())
+    draw = GreedyDraw(config.model.vocab_size, DeviceRef.GPU())
+    draw.trace(*draw.input_types(), name="draw", module=module)
+    accept = Acceptance(3, config.model.hidden_size, DTYPE, DeviceRef.GPU())
     accept.trace(*accept.input_types(), name="acceptance", module=module)
     handover = Handover(3, DeviceRef.GPU())
     handover.trace(*handover.input_types(), name="handover", module=module)

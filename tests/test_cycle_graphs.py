@@ -9,13 +9,13 @@ from max.dtype import DType
 from max.engine import InferenceSession, Model
 from max.graph import DeviceRef
 
-from step3p5.speculation.cycle_graphs import Acceptance, Handover
+from step3p5.speculation.cycle_graphs import Acceptance, GreedyDraw, Handover
 
 DEPTHS = (2, 3)
 VOCAB, HIDDEN, KNOWN = 40, 8, 36
 
 
-def load(module: Acceptance | Handover, name: str) -> Model:
+def load(module: Acceptance | GreedyDraw | Handover, name: str) -> Model:
     # By the name that the model gives it: MAX's cache of compiled graphs does not tell graphs apart by their names.
     return InferenceSession().load(module.trace(*module.input_types(), name=name))
 
@@ -23,7 +23,15 @@ def load(module: Acceptance | Handover, name: str) -> Model:
 @pytest.fixture(scope="module", params=DEPTHS)
 def acceptance(request: pytest.FixtureRequest) -> tuple[int, Model]:
     depth = int(request.param)
-    return depth, load(Acceptance(depth, VOCAB, HIDDEN, DType.float32, DeviceRef.CPU()), "step3p5_mtp_acceptance")
+    return depth, load(Acceptance(depth, HIDDEN, DType.float32, DeviceRef.CPU()), "step3p5_mtp_acceptance")
+
+
+def test_greedy_draws_have_words(rng: np.random.Generator) -> None:
+    model = load(GreedyDraw(VOCAB, DeviceRef.CPU()), "step3p5_mtp_draw")
+    logits = rng.standard_normal((7, VOCAB)).astype(np.float32)
+    logits[:, KNOWN:] += 100
+    (drawn,) = model.execute(Buffer.from_numpy(logits), Buffer.from_numpy(np.array([KNOWN])))
+    np.testing.assert_array_equal(drawn.to_numpy(), logits[:, :KNOWN].argmax(-1))
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -32,9 +40,7 @@ def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, bat
     keep = depth - 1
     rows = keep + depth + 1
     right = rng.integers(depth + 1, size=batch)
-    logits = rng.standard_normal((batch, depth + 1, VOCAB)).astype(np.float32)
-    logits[:, :, KNOWN:] += 100  # no words: never drawn
-    drawn = logits[:, :, :KNOWN].argmax(-1)
+    drawn = rng.integers(KNOWN, size=(batch, depth + 1))
     verified = rng.integers(KNOWN, size=(batch, depth + 1))
     for request, count in enumerate(right):
         verified[request, 1 : count + 1] = drawn[request, :count]
@@ -47,11 +53,10 @@ def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, bat
 
     new_kept, new_window = Buffer.from_numpy(kept.copy()), Buffer.from_numpy(window.copy())
     found = model.execute(
-        Buffer.from_numpy(logits.reshape(-1, VOCAB)),
+        Buffer.from_numpy(drawn.reshape(-1)),
         Buffer.from_numpy(hidden.reshape(-1, HIDDEN)),
         Buffer.from_numpy(verified.reshape(-1)),
         Buffer.from_numpy(lengths),
-        Buffer.from_numpy(np.array([KNOWN])),
         Buffer.from_numpy(np.arange(batch * rows)),
         Buffer.from_numpy(np.arange(batch * rows, batch * rows + batch)),
         new_kept,

@@ -20,7 +20,7 @@ from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.speculation.padding import padded_size
 from step3p5.speculation.policy import DraftPlan, FixedDepth
-from step3p5.speculation.steady_cycle import Start, SteadyCycle
+from step3p5.speculation.steady_cycle import Sampler, Start, SteadyCycle
 
 DEPTH = 3
 
@@ -62,13 +62,13 @@ def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) ->
             verified[names[context.request_id], len(context.tokens)] = list(own[:])
         return list(commit(batch, drafts, drawn))
 
-    def keep_launch(cycle: SteadyCycle, caches: Any) -> Any:
+    def keep_launch(cycle: SteadyCycle, caches: Any, sample: Sampler | None) -> Any:
         sizes.append(cycle.batch_size)
         tokens = cycle._verified.to_numpy().reshape(cycle.batch_size, -1)
         for context, own in zip(pipeline._run.batch, tokens.tolist(), strict=False):  # padding follows
             assert own[0] == context.tokens.active[0]
             verified[names[context.request_id], len(context.tokens)] = own[1:]
-        return launch(cycle, caches)
+        return launch(cycle, caches, sample)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_commit", keep_commit)
@@ -182,17 +182,35 @@ def test_a_request_that_is_hung_up_ends_the_run_of_the_others(drafting: AutoMode
     assert len(generated[1]) < 40
 
 
-def test_what_is_not_greedy_goes_without_cycles(drafting: AutoModel, rng: np.random.Generator) -> None:
-    sampled = SamplingParams(temperature=2.0, top_k=100, top_p=0.95, seed=SEED, ignore_eos=True)
-    prompts = prompts_of(rng, 20, 30)
+def test_sampled_requests_draw_the_same_beside_greedy_ones(drafting: AutoModel, rng: np.random.Generator) -> None:
+    """Five are filled up to six: what MAX's sampler does with a row depends on the parameters of all."""
+    prompts = prompts_of(rng, 20, 30, 7, 64, 120)
+    sampled = [
+        SamplingParams(temperature=2.0, top_k=100, top_p=0.95, seed=SEED, ignore_eos=True),
+        SamplingParams(temperature=0.7, top_k=20, min_p=0.1, seed=SEED + 1, ignore_eos=True),
+    ]
 
     def requests() -> list[TextContext]:
-        return [request(prompts[0], 30, GREEDY), request(prompts[1], 30, sampled)]
+        parameters = [GREEDY, *sampled, GREEDY, sampled[0]]
+        return [request(prompt, 40, own) for prompt, own in zip(prompts, parameters, strict=True)]
 
-    want = generate(drafting, requests())
     contexts = requests()
-    with recorded(drafting.pipeline, contexts, cycles=True) as (_, sizes):
+    with recorded(drafting.pipeline, contexts, cycles=False) as (want_drafts, _):
+        want = generate(drafting, contexts)
+    contexts = requests()
+    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, sizes):
         assert generate(drafting, contexts) == want
+    assert_same_drafts(drafts, want_drafts)
+    assert sizes.count(6) > 5
+
+
+def test_penalties_go_without_cycles(drafting: AutoModel, rng: np.random.Generator) -> None:
+    """They depend on the drafts' words, which the host does not know in time."""
+    penalties = SamplingParams(temperature=0.8, repetition_penalty=1.3, seed=SEED, ignore_eos=True)
+    prompts = prompts_of(rng, 20, 30)
+    contexts = [request(prompts[0], 30, GREEDY), request(prompts[1], 30, penalties)]
+    with recorded(drafting.pipeline, contexts, cycles=True) as (_, sizes):
+        generate(drafting, contexts)
     assert 2 not in sizes
 
 

@@ -1,4 +1,4 @@
-"""The graphs of a cycle that needs no host between verifying and drafting: acceptance, and the next tokens to verify.
+"""The graphs of a cycle that needs no host between verifying and drafting: greedy draws, acceptance, the next tokens.
 
 Names of dimensions: `B` requests, `d` depths, `K = d - 1` positions that the depths read once more, `R = K + d + 1`
 rows of a request in a pass of the depths. A cycle begins with `p` positions in each request's cache; its rows stand for
@@ -15,29 +15,61 @@ from max.graph import BufferType, BufferValue, DeviceRef, Dim, TensorType, Tenso
 from max.nn.layer import Module
 
 
+class GreedyDraw(Module):
+    """The token of the greatest logit.
+
+    Args:
+        vocab_size: Of the logits.
+        device: Where they are.
+    """
+
+    def __init__(self, vocab_size: int, device: DeviceRef) -> None:
+        super().__init__()
+        self.vocab_size, self.device = vocab_size, device
+
+    def __call__(self, logits: TensorValue, known_tokens: TensorValue) -> tuple[TensorValue]:
+        """Draws a token a row.
+
+        Args:
+            logits: `[rows, vocab_size]` float32.
+            known_tokens: `[1]` int64: tokens from this id on have no words and are not drawn.
+
+        Returns:
+            `[rows]` int64.
+        """
+        ids = ops.range(0, self.vocab_size, 1, out_dim=self.vocab_size, dtype=DType.int64, device=self.device)
+        scores = ops.where(ids < known_tokens, logits, float("-inf"))
+        return (ops.squeeze(ops.argmax(scores, axis=-1), -1),)
+
+    def input_types(self) -> tuple[Type[Any], ...]:
+        """The graph's inputs: those of `__call__`, in its order."""
+        return (
+            TensorType(DType.float32, ["logit_rows", self.vocab_size], self.device),
+            TensorType(DType.int64, [1], self.device),
+        )
+
+
 class Acceptance(Module):
-    """Draws greedily, accepts drafts and chooses what the depths read.
+    """Accepts drafts and chooses what the depths read.
 
     Args:
         depth: `d`, at least 2.
-        vocab_size: Of the logits.
         hidden_size: Width of a hidden state.
         dtype: Type of the hidden states.
         device: Where they are.
     """
 
-    def __init__(self, depth: int, vocab_size: int, hidden_size: int, dtype: DType, device: DeviceRef) -> None:
+    def __init__(self, depth: int, hidden_size: int, dtype: DType, device: DeviceRef) -> None:
         super().__init__()
-        self.depth, self.vocab_size, self.hidden_size = depth, vocab_size, hidden_size
+        self.depth, self.hidden_size = depth, hidden_size
         self.dtype, self.device = dtype, device
 
     def __call__(
         self,
-        logits: TensorValue,
+        drawn: TensorValue,
         hidden: TensorValue,
         verified: TensorValue,
         cache_lengths: TensorValue,
-        known_tokens: TensorValue,
         row_places: TensorValue,
         draft_places: TensorValue,
         kept: BufferValue,
@@ -46,11 +78,10 @@ class Acceptance(Module):
         """Advances `kept` and `window` by a cycle.
 
         Args:
-            logits: Of every verified token, `[B (d + 1), vocab_size]` float32.
+            drawn: What the target draws after every verified token, `[B (d + 1)]` int64.
             hidden: The target's hidden states of the same, `[B (d + 1), hidden_size]`.
             verified: Of each request its last token and its drafts, `[B (d + 1)]` int64.
             cache_lengths: `p`, `[B]` uint32.
-            known_tokens: `[1]` int64: tokens from this id on have no words and are not drawn.
             row_places: `0 … B R - 1`, int64.
             draft_places: `B R … B R + B - 1`, int64.
             kept: Hidden states of the positions `p - K … p - 1`, `[B, K, hidden_size]`.
@@ -64,9 +95,7 @@ class Acceptance(Module):
         depth, keep = self.depth, self.depth - 1
         rows = keep + depth + 1
         batch = cache_lengths.shape[0]
-        ids = ops.range(0, self.vocab_size, 1, out_dim=self.vocab_size, dtype=DType.int64, device=self.device)
-        scores = ops.where(ids < known_tokens, logits, float("-inf"))
-        drawn = _by_request(ops.squeeze(ops.argmax(scores, axis=-1), -1), batch, depth + 1)
+        drawn = _by_request(drawn, batch, depth + 1)
         drafts = _by_request(verified, batch, depth + 1)[:, 1:]
         right = ops.cast(ops.equal(drafts, drawn[:, :depth]), DType.int64)
         reached = accepted = right[:, 0]
@@ -109,11 +138,10 @@ class Acceptance(Module):
         """The graph's inputs: those of `__call__`, in its order."""
         keep, device = self.depth - 1, self.device
         return (
-            TensorType(DType.float32, ["logit_rows", self.vocab_size], device),
-            TensorType(self.dtype, ["hidden_rows", self.hidden_size], device),
+            TensorType(DType.int64, ["verified"], device),
+            TensorType(self.dtype, ["verified", self.hidden_size], device),
             TensorType(DType.int64, ["verified"], device),
             TensorType(DType.uint32, ["batch"], device),
-            TensorType(DType.int64, [1], device),
             TensorType(DType.int64, ["rows"], device),
             TensorType(DType.int64, ["batch"], device),
             BufferType(self.dtype, ["batch", keep, self.hidden_size], device),

@@ -28,7 +28,7 @@ from .policy import AdaptiveDepth, DraftPlan, FixedDepth
 from .rows import Advance, Int64, draft_rows
 from .state import RequestState
 from .statistics import Statistics
-from .steady_cycle import Start, SteadyCycles
+from .steady_cycle import Sampler, Start, SteadyCycles
 from .steady_run import SteadyRun
 
 
@@ -62,7 +62,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             self.use_cycles(captures=True)
 
     def use_cycles(self, *, captures: bool) -> None:
-        """Lets requests that only decode, greedily and at full depth, go through a `SteadyCycle` a step.
+        """Lets requests that only decode, at full depth, go through a `SteadyCycle` a step.
 
         Args:
             captures: Whether its graphs are captured, which takes a GPU.
@@ -149,13 +149,13 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         return run
 
     def _can_cycle(self, batch: Sequence[TextContext]) -> bool:
-        """Whether all that the requests do is to decode greedily, and there is room for their drafts."""
+        """Whether the requests do no more than decode, without penalties, and there is room for their drafts."""
         room = self._pipeline_model.max_seq_len - self._pipeline_model.depth
         return all(
             context.tokens.active_length == 1
             and context.tokens.generated_length > 0
             and len(context.tokens) <= room
-            and takes_the_best(context)
+            and not context.sampling_params.needs_penalties
             and can_verify_drafts(context)
             for context in batch
         )
@@ -214,7 +214,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         )
         if model.heads is not None:
             model.heads.refresh()
-        ready = run.cycle.launch(cast(Any, caches))
+        ready = run.cycle.launch(cast(Any, caches), self._sampler_of(run))
         result = self._wait(run, ready)
         verified = time.perf_counter()
         self._commit_cycle(run, result)
@@ -229,6 +229,21 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             self._kv_manager.step(context)
         self.statistics.record_times(verified - started, time.perf_counter() - verified)
         return outputs
+
+    def _sampler_of(self, run: SteadyRun) -> Sampler | None:
+        """What draws for a run; `None` where all requests take the greatest logit."""
+        if all(map(takes_the_best, run.batch)):
+            return None
+        # MAX's sampler goes by the widest of a batch's parameters: what fills the batch up takes those of a request.
+        contexts = [*run.batch, *[run.batch[0]] * len(run.padding)]
+        unread = [0] * self._pipeline_model.depth
+
+        def sample(logits: Buffer) -> Buffer:
+            tokens = self._drawn(logits, contexts, [unread] * len(contexts)).new_tokens
+            assert tokens is not None
+            return tokens.view(tokens.dtype, (tokens.num_elements,))
+
+        return sample
 
     def _wait(self, run: SteadyRun, ready: DeviceEvent | None) -> Int64:
         """What a cycle drew and accepted, once it is on the host."""
@@ -267,7 +282,14 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         return state.drafts.first(context.max_length - len(context.tokens) - 1)
 
     def _sample(self, logits: Buffer, batch: Sequence[TextContext], drafts: Sequence[Sequence[int]]) -> list[int]:
-        """One token for each row of `logits`, drawn as the plain pipeline would draw it at that position."""
+        """One token for each row of `logits`."""
+        tokens: list[int] = self._drawn(logits, batch, drafts).get_new_tokens_numpy().ravel().tolist()
+        return tokens
+
+    def _drawn(
+        self, logits: Buffer, batch: Sequence[TextContext], drafts: Sequence[Sequence[int]]
+    ) -> FusedSamplingProcessor:
+        """Draws for each row of `logits` as the plain pipeline would at that position."""
         ahead = flatten2d([contexts_ahead(context, own) for context, own in zip(batch, drafts, strict=True)])
         bitmask = self.initialize_bitmask(ahead)
         if bitmask is not None:
@@ -286,8 +308,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         apply_logits_processors(
             context_batch=ahead, batch_logits=logits, batch_logit_offsets=None, batch_processors=[processor]
         )
-        tokens: list[int] = processor.get_new_tokens_numpy().ravel().tolist()
-        return tokens
+        return processor
 
     def _commit(self, batch: Sequence[TextContext], drafts: Sequence[Sequence[int]], drawn: list[int]) -> list[int]:
         """Appends to each request what was drawn for it up to the first rejected draft, and counts acceptance.

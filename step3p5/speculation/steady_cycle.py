@@ -27,6 +27,9 @@ from .rows import Int64
 
 Cache: TypeAlias = KVCacheInputsPerDevice[Buffer, Buffer]
 
+Sampler: TypeAlias = Callable[[Buffer], Buffer]
+"""Draws a token for each row of logits `[rows, vocab_size]`, `[rows]` int64, all on the device."""
+
 SETTLED = 2
 """Cycles of a batch size that are executed before its graphs are captured: many last no longer."""
 
@@ -48,6 +51,9 @@ class CycleGraphs:
     """The compiled graphs of a cycle, and what they are fed with."""
 
     verify: CapturedGraph
+    draw: CapturedGraph
+    """Draws greedily."""
+
     accept: CapturedGraph
     depths: Sequence[CapturedGraph]
     hand_over: CapturedGraph
@@ -68,6 +74,11 @@ class CycleGraphs:
     def depth(self) -> int:
         """How many tokens a cycle drafts."""
         return len(self.depths)
+
+    @property
+    def all(self) -> tuple[CapturedGraph, ...]:
+        """Every graph, in the order of a cycle."""
+        return (self.verify, self.draw, self.accept, *self.depths, self.hand_over)
 
     @property
     def keep(self) -> int:
@@ -146,8 +157,16 @@ class SteadyCycle:
             [kept.on_device[place : place + 1, :] for place in places.tolist()],
         )
 
-    def launch(self, caches: Mapping[str, Sequence[Cache]]) -> DeviceEvent | None:
-        """Launches a cycle; `result` is there when the event is (`None`: at once)."""
+    def launch(self, caches: Mapping[str, Sequence[Cache]], sample: Sampler | None) -> DeviceEvent | None:
+        """Launches a cycle.
+
+        Args:
+            caches: Of the requests, by kind, with room for the drafts.
+            sample: What draws; `None` for the greatest logit.
+
+        Returns:
+            When `result` is there; `None` if it is.
+        """
         graphs = self._graphs
         self._cycles += 1
         captured = self._cycles > SETTLED
@@ -156,13 +175,13 @@ class SteadyCycle:
             return graph.run(self.batch_size, *inputs) if captured else graph.execute(*inputs)
 
         logits, hidden = run(graphs.verify, self._verified, self._offsets, self._logit_rows, *cache_leaves(caches))
+        drawn = run(graphs.draw, logits, graphs.known_tokens)[0] if sample is None else sample(logits)
         previous, tokens, following, last_rows, lengths, result = run(
             graphs.accept,
-            logits,
+            drawn,
             hidden,
             self._verified,
             next(iter(caches.values()))[0].cache_lengths,
-            graphs.known_tokens,
             self._row_places,
             self._draft_places,
             self._kept,
@@ -218,7 +237,7 @@ class SteadyCycle:
     def forget_captures(self) -> None:
         """Releases what was captured for this batch size."""
         self._cycles = 0
-        for graph in (self._graphs.verify, self._graphs.accept, *self._graphs.depths, self._graphs.hand_over):
+        for graph in self._graphs.all:
             graph.forget(self.batch_size)
 
     def _draft_cache(self, kind: str, cache: Cache, cache_lengths: Buffer) -> Cache:
