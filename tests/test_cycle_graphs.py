@@ -11,7 +11,7 @@ from max.graph import DeviceRef
 
 from step3p5.speculation.cycle_graphs import Acceptance, GreedyDraw, Handover
 
-DEPTHS = (2, 3)
+DEEPEST = (2, 3)
 VOCAB, HIDDEN, KNOWN = 40, 8, 36
 
 
@@ -20,10 +20,10 @@ def load(module: Acceptance | GreedyDraw | Handover, name: str) -> Model:
     return InferenceSession().load(module.trace(*module.input_types(), name=name))
 
 
-@pytest.fixture(scope="module", params=DEPTHS)
+@pytest.fixture(scope="module", params=DEEPEST)
 def acceptance(request: pytest.FixtureRequest) -> tuple[int, Model]:
-    depth = int(request.param)
-    return depth, load(Acceptance(depth, HIDDEN, DType.float32, DeviceRef.CPU()), "step3p5_mtp_acceptance")
+    deepest = int(request.param)
+    return deepest, load(Acceptance(deepest, HIDDEN, DType.float32, DeviceRef.CPU()), "step3p5_mtp_acceptance")
 
 
 def test_greedy_draws_have_words(rng: np.random.Generator) -> None:
@@ -35,9 +35,11 @@ def test_greedy_draws_have_words(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, batch: int) -> None:
-    depth, model = acceptance
-    keep = depth - 1
+@pytest.mark.parametrize("rests", [0, 1, 2])
+def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, batch: int, rests: int) -> None:
+    """All depths draft, or all but the last ones."""
+    deepest, model = acceptance
+    depth, keep = deepest - rests, deepest - 1
     rows = keep + depth + 1
     right = rng.integers(depth + 1, size=batch)
     drawn = rng.integers(KNOWN, size=(batch, depth + 1))
@@ -53,11 +55,13 @@ def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, bat
 
     new_kept, new_window = Buffer.from_numpy(kept.copy()), Buffer.from_numpy(window.copy())
     found = model.execute(
-        Buffer.from_numpy(drawn.reshape(-1)),
-        Buffer.from_numpy(hidden.reshape(-1, HIDDEN)),
-        Buffer.from_numpy(verified.reshape(-1)),
+        Buffer.from_numpy(drawn),
+        Buffer.from_numpy(hidden),
+        Buffer.from_numpy(verified),
         Buffer.from_numpy(lengths),
-        Buffer.from_numpy(np.arange(batch * rows)),
+        Buffer.from_numpy(np.array([0, 1, 2][:depth] + [depth] * rests)),
+        Buffer.from_numpy(rows * np.arange(batch)),
+        Buffer.from_numpy(np.arange(batch * rows).reshape(batch, rows)),
         Buffer.from_numpy(np.arange(batch * rows, batch * rows + batch)),
         new_kept,
         new_window,
@@ -80,12 +84,15 @@ def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, bat
         assert new_window.to_numpy()[request].tolist() == sequence[count + 1 : count + 2 + keep]
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", range(4))
 def test_handover(rng: np.random.Generator, depth: int) -> None:
-    model, batch = load(Handover(depth, DeviceRef.CPU()), "step3p5_mtp_handover"), 3
-    window = rng.integers(100, size=(batch, depth))
-    drafted = rng.integers(100, size=(depth, batch))
+    model, batch = load(Handover(3, DeviceRef.CPU()), "step3p5_mtp_handover"), 3
+    window = rng.integers(100, size=(batch, 3))
+    drafted = rng.integers(100, size=(3, batch))
     verified = Buffer.from_numpy(np.zeros(batch * (depth + 1), dtype=np.int64))
-    model.execute(Buffer.from_numpy(window), verified, *map(Buffer.from_numpy, drafted))
-    want = np.concatenate([window[:, -1:], drafted.T], axis=1)
+    places = [batch * column + request for request in range(batch) for column in range(depth + 1)]
+    model.execute(
+        Buffer.from_numpy(window), Buffer.from_numpy(np.array(places)), verified, *map(Buffer.from_numpy, drafted)
+    )
+    want = np.concatenate([window[:, -1:], drafted[:depth].T], axis=1)
     np.testing.assert_array_equal(verified.to_numpy().reshape(batch, depth + 1), want)

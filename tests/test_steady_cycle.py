@@ -27,6 +27,9 @@ DEPTH = 3
 Verified = dict[tuple[str, int], list[int]]
 """The drafts that were verified of a request at a position."""
 
+Cycles = list[tuple[int, int]]
+"""Batch size and depth of every cycle."""
+
 
 @pytest.fixture(scope="module")
 def predictable(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,10 +53,10 @@ def handed_on(drafting: AutoModel, monkeypatch: pytest.MonkeyPatch, request: pyt
 
 
 @contextmanager
-def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) -> Iterator[tuple[Verified, list[int]]]:
-    """Keeps all drafts that are verified, and the batch size of every cycle."""
+def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) -> Iterator[tuple[Verified, Cycles]]:
+    """Keeps all drafts that are verified, and what cycles there were."""
     verified: Verified = {}
-    sizes: list[int] = []
+    sizes: Cycles = []
     names = {context.request_id: f"request {index}" for index, context in enumerate(contexts)}
     commit, launch = pipeline._commit, SteadyCycle.launch
 
@@ -63,7 +66,7 @@ def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) ->
         return list(commit(batch, drafts, drawn))
 
     def keep_launch(cycle: SteadyCycle, caches: Any, sample: Sampler | None) -> Any:
-        sizes.append(cycle.batch_size)
+        sizes.append((cycle.batch_size, cycle.depth))
         tokens = cycle._verified.to_numpy().reshape(cycle.batch_size, -1)
         for context, own in zip(pipeline._run.batch, tokens.tolist(), strict=False):  # padding follows
             assert own[0] == context.tokens.active[0]
@@ -98,9 +101,9 @@ def test_a_cycle_begins_with_what_it_is_given(drafting: AutoModel, rng: np.rando
     pipeline.use_cycles(captures=False)
     graphs, batch = pipeline.cycles.graphs, 2
     pipeline.cycles = None
-    cycle = SteadyCycle(graphs, batch)
+    cycle = SteadyCycle(graphs, batch, DEPTH)
     for _ in range(200):
-        tokens = rng.integers(FIRST_TEXT_TOKEN, 500, size=(batch, graphs.keep + 1 + graphs.depth))
+        tokens = rng.integers(FIRST_TEXT_TOKEN, 500, size=(batch, graphs.keep + 1 + DEPTH))
         kept = rng.standard_normal((batch, graphs.keep, graphs.hidden_size), dtype=np.float32)
         cycle.begin(
             [
@@ -128,38 +131,71 @@ def test_cycles_draft_and_draw_the_same(drafting: AutoModel, rng: np.random.Gene
     with recorded(drafting.pipeline, contexts, cycles=False) as (want_drafts, _):
         want = generate(drafting, contexts)
     contexts = requests()
-    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, sizes):
+    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, cycles):
         assert generate(drafting, contexts) == want
     assert_same_drafts(drafts, want_drafts)
+    sizes = [size for size, _ in cycles]
     assert max(sizes) == batch_size
     assert {padded_size(size, batch_size) for size in sizes} == set(sizes)
     assert len(sizes) > 5
 
 
+class Changing(FixedDepth):
+    """Some steps at each depth, in an order of chance, now and then for one request alone."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        super().__init__([(1, 8, DEPTH)], DEPTH)
+        self.rng = rng
+        self.depths: list[int] = []
+
+    def plan(self, batch: int, pure: bool) -> DraftPlan:
+        if not self.depths:
+            self.depths = [
+                int(depth) for depth in self.rng.permutation(DEPTH + 1) for _ in range(self.rng.integers(3, 8))
+            ]
+        return DraftPlan(self.depths.pop(), 1 if self.rng.random() < 0.05 else batch)
+
+
 @pytest.mark.usefixtures("handed_on")
-def test_cycles_come_and_go_with_the_depth(drafting: AutoModel, rng: np.random.Generator) -> None:
-    """Steps at other depths, and of some requests alone, lie between cycles."""
-
-    class Changing(FixedDepth):
-        step = 0
-
-        def plan(self, batch: int, pure: bool) -> DraftPlan:
-            self.step += 1
-            if self.step % 7 == 0:
-                return DraftPlan(1, batch)
-            return DraftPlan(DEPTH, 1 if self.step % 11 == 0 else batch)
-
+def test_drafts_are_the_same_whichever_depths_came_before(drafting: AutoModel, rng: np.random.Generator) -> None:
+    """Depths that rest find the hidden states that they have missed, with and without cycles."""
     prompts, pipeline = prompts_of(rng, 5, 130, 40), drafting.pipeline
-    want = generate(drafting, [request(prompt, 90) for prompt in prompts])
-    contexts = [request(prompt, 90) for prompt in prompts]
-    always, pipeline.policy = pipeline.policy, Changing([(1, 8, DEPTH)], DEPTH)
+
+    def requests() -> list[TextContext]:
+        return [request(prompt, 150) for prompt in prompts]
+
+    contexts = requests()
+    with recorded(pipeline, contexts, cycles=False) as (want_drafts, _):
+        want = generate(drafting, contexts)
+    contexts = requests()
+    always, pipeline.policy = pipeline.policy, Changing(rng)
     try:
-        with recorded(pipeline, contexts, cycles=True) as (drafts, sizes):
+        with recorded(pipeline, contexts, cycles=True) as (drafts, cycles):
             assert generate(drafting, contexts) == want
     finally:
         pipeline.policy = always
-    assert sizes
-    assert drafts
+    common = {place: (drafts[place], want_drafts[place]) for place in drafts.keys() & want_drafts.keys()}
+    pairs = {
+        place: (found, whole[: len(found)]) for place, (found, whole) in common.items() if len(found) <= len(whole)
+    }
+    assert {at: pair for at, pair in pairs.items() if pair[0] != pair[1]} == {}
+    assert {len(found) for found, _ in pairs.values()} == set(range(DEPTH + 1))
+    assert len(cycles) > 15
+    assert {depth for _, depth in cycles} == set(range(DEPTH + 1))
+
+
+def test_plain_decoding_goes_through_cycles_too(drafting: AutoModel, rng: np.random.Generator) -> None:
+    prompts, pipeline = prompts_of(rng, 9, 70), drafting.pipeline
+    want = generate(drafting, [request(prompt, 40) for prompt in prompts])
+    contexts = [request(prompt, 40) for prompt in prompts]
+    always, pipeline.policy = pipeline.policy, FixedDepth([(1, 8, 0)], DEPTH)
+    try:
+        with recorded(pipeline, contexts, cycles=True) as (drafts, cycles):
+            assert generate(drafting, contexts) == want
+    finally:
+        pipeline.policy = always
+    assert not any(drafts.values())
+    assert cycles.count((2, 0)) > 35
 
 
 @pytest.mark.usefixtures("handed_on")
@@ -198,10 +234,10 @@ def test_sampled_requests_draw_the_same_beside_greedy_ones(drafting: AutoModel, 
     with recorded(drafting.pipeline, contexts, cycles=False) as (want_drafts, _):
         want = generate(drafting, contexts)
     contexts = requests()
-    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, sizes):
+    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, cycles):
         assert generate(drafting, contexts) == want
     assert_same_drafts(drafts, want_drafts)
-    assert sizes.count(6) > 5
+    assert cycles.count((6, DEPTH)) > 5
 
 
 def test_penalties_go_without_cycles(drafting: AutoModel, rng: np.random.Generator) -> None:
@@ -209,9 +245,9 @@ def test_penalties_go_without_cycles(drafting: AutoModel, rng: np.random.Generat
     penalties = SamplingParams(temperature=0.8, repetition_penalty=1.3, seed=SEED, ignore_eos=True)
     prompts = prompts_of(rng, 20, 30)
     contexts = [request(prompts[0], 30, GREEDY), request(prompts[1], 30, penalties)]
-    with recorded(drafting.pipeline, contexts, cycles=True) as (_, sizes):
+    with recorded(drafting.pipeline, contexts, cycles=True) as (_, cycles):
         generate(drafting, contexts)
-    assert 2 not in sizes
+    assert 2 not in {size for size, _ in cycles}
 
 
 def test_batches_are_filled_up_to_few_sizes() -> None:

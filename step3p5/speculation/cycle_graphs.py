@@ -1,9 +1,9 @@
 """The graphs of a cycle that needs no host between verifying and drafting: greedy draws, acceptance, the next tokens.
 
-Names of dimensions: `B` requests, `d` depths, `K = d - 1` positions that the depths read once more, `R = K + d + 1`
-rows of a request in a pass of the depths. A cycle begins with `p` positions in each request's cache; its rows stand for
-the positions `p - K … p + d`, whether their tokens were accepted or not: what lies behind the last accepted one is read
-by nobody and written again by the next cycle.
+Names of dimensions: `B` requests, `d` depths that draft, `K` positions that they read once more (one less than the
+deepest cycle has depths), `R = K + d + 1` rows of a request in a pass of the depths. A cycle begins with `p` positions
+in each request's cache; its rows stand for the positions `p - K … p + d`, whether their tokens were accepted or not:
+what lies behind the last accepted one is read by nobody and written again by the next cycle.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from max.dtype import DType
-from max.graph import BufferType, BufferValue, DeviceRef, Dim, TensorType, TensorValue, Type, ops
+from max.graph import BufferType, BufferValue, DeviceRef, TensorType, TensorValue, Type, ops
 from max.nn.layer import Module
 
 
@@ -53,16 +53,15 @@ class Acceptance(Module):
     """Accepts drafts and chooses what the depths read.
 
     Args:
-        depth: `d`, at least 2.
+        deepest: The most drafts of a request, 2 or more; `K` is one less.
         hidden_size: Width of a hidden state.
         dtype: Type of the hidden states.
         device: Where they are.
     """
 
-    def __init__(self, depth: int, hidden_size: int, dtype: DType, device: DeviceRef) -> None:
+    def __init__(self, deepest: int, hidden_size: int, dtype: DType, device: DeviceRef) -> None:
         super().__init__()
-        self.depth, self.hidden_size = depth, hidden_size
-        self.dtype, self.device = dtype, device
+        self.deepest, self.hidden_size, self.dtype, self.device = deepest, hidden_size, dtype, device
 
     def __call__(
         self,
@@ -70,6 +69,8 @@ class Acceptance(Module):
         hidden: TensorValue,
         verified: TensorValue,
         cache_lengths: TensorValue,
+        columns: TensorValue,
+        first_rows: TensorValue,
         row_places: TensorValue,
         draft_places: TensorValue,
         kept: BufferValue,
@@ -78,11 +79,13 @@ class Acceptance(Module):
         """Advances `kept` and `window` by a cycle.
 
         Args:
-            drawn: What the target draws after every verified token, `[B (d + 1)]` int64.
-            hidden: The target's hidden states of the same, `[B (d + 1), hidden_size]`.
-            verified: Of each request its last token and its drafts, `[B (d + 1)]` int64.
+            drawn: What the target draws after every verified token, `[B, d + 1]` int64.
+            hidden: The target's hidden states of the same, `[B, d + 1, hidden_size]`.
+            verified: Of each request its last token and its drafts, `[B, d + 1]` int64.
             cache_lengths: `p`, `[B]` uint32.
-            row_places: `0 … B R - 1`, int64.
+            columns: `0 … d - 1`, then `d` as often as makes `[deepest]`, int64.
+            first_rows: `0, R, 2 R, …`, `[B]` int64.
+            row_places: `0 … B R - 1` as `[B, R]` int64.
             draft_places: `B R … B R + B - 1`, int64.
             kept: Hidden states of the positions `p - K … p - 1`, `[B, K, hidden_size]`.
             window: The tokens at the positions `p - K … p`, `[B, K + 1]` int64.
@@ -92,42 +95,36 @@ class Acceptance(Module):
             the lengths `[B]` of its cache; and for the host `[B, d + 2]` int64, the drawn tokens of each request and
             how many of its drafts were accepted.
         """
-        depth, keep = self.depth, self.depth - 1
-        rows = keep + depth + 1
-        batch = cache_lengths.shape[0]
-        drawn = _by_request(drawn, batch, depth + 1)
-        drafts = _by_request(verified, batch, depth + 1)[:, 1:]
-        right = ops.cast(ops.equal(drafts, drawn[:, :depth]), DType.int64)
+        keep, batch, rows = self.deepest - 1, row_places.shape[0], row_places.shape[1]
+        # After the last draft nothing was drafted: no token is -1.
+        none = ops.unsqueeze(first_rows - first_rows - 1, 1)
+        drafts = ops.rebind(ops.concat([verified[:, 1:], none], axis=1), drawn.shape)
+        right = ops.gather(ops.cast(ops.equal(drafts, drawn), DType.int64), columns, axis=1)
         reached = accepted = right[:, 0]
-        for index in range(1, depth):
-            reached = reached * right[:, index]
+        for depth in range(1, self.deepest):
+            reached = reached * right[:, depth]
             accepted = accepted + reached
 
-        first_rows = (draft_places - draft_places[0]) * rows
         last_rows = first_rows + accepted + keep
         positions = ops.concat([ops.buffer_load(window), drawn], axis=1)
-        states = ops.concat([ops.buffer_load(kept), _by_request(hidden, batch, depth + 1)], axis=1)
-        previous = ops.reshape(states, (batch * rows, self.hidden_size))
+        states = ops.concat([ops.buffer_load(kept), hidden], axis=1)
+        previous = ops.reshape(ops.rebind(states, (batch, rows, self.hidden_size)), (batch * rows, self.hidden_size))
+        tokens = ops.reshape(ops.rebind(positions[:, 1:], (batch, rows)), (batch * rows,))
 
         # A row's token at the next depth is that of the row after it here; of the last row it is drafted.
-        places = _by_request(row_places, batch, rows)
-        is_last = ops.equal(places, ops.unsqueeze(last_rows, 1))
-        following = ops.where(is_last, ops.unsqueeze(draft_places, 1), places + 1)
+        is_last = ops.equal(row_places, ops.unsqueeze(last_rows, 1))
+        following = ops.where(is_last, ops.unsqueeze(draft_places, 1), row_places + 1)
 
         # `p` grows by `accepted + 1`.
-        moved = ops.unsqueeze(accepted + 1, 1)
-        starts = ops.unsqueeze(first_rows, 1) + moved
-        kept_rows = starts + self._count(keep)
-        new_kept = ops.gather(previous, ops.reshape(kept_rows, (batch * keep,)), axis=0)
-        # A request has one token more in `positions` than it has rows.
-        token_starts = ops.unsqueeze((draft_places - draft_places[0]) * (rows + 1), 1) + moved
-        token_places = ops.reshape(token_starts + self._count(keep + 1), (batch * (keep + 1),))
-        new_window = ops.gather(ops.reshape(positions, (batch * (rows + 1),)), token_places, axis=0)
-        ops.buffer_store(kept, ops.reshape(new_kept, (batch, keep, self.hidden_size)))
-        ops.buffer_store(window, ops.reshape(new_window, (batch, keep + 1)))
+        starts = ops.unsqueeze(first_rows + accepted + 1, 1)
+        kept_rows = ops.reshape(starts + self._count(keep), (batch * keep,))
+        ops.buffer_store(kept, ops.reshape(ops.gather(previous, kept_rows, axis=0), (batch, keep, self.hidden_size)))
+        # The token before a row's is that of the position before: the first of the window is that of the last row kept.
+        window_rows = ops.reshape(starts + self._count(keep + 1) - 1, (batch * (keep + 1),))
+        ops.buffer_store(window, ops.reshape(ops.gather(tokens, window_rows, axis=0), (batch, keep + 1)))
         return (
             previous,
-            ops.reshape(positions[:, 1:], (batch * rows,)),
+            tokens,
             ops.reshape(following, (batch * rows,)),
             last_rows,
             cache_lengths - ops.constant(keep, DType.uint32, device=self.device),
@@ -136,13 +133,15 @@ class Acceptance(Module):
 
     def input_types(self) -> tuple[Type[Any], ...]:
         """The graph's inputs: those of `__call__`, in its order."""
-        keep, device = self.depth - 1, self.device
+        keep, device = self.deepest - 1, self.device
         return (
-            TensorType(DType.int64, ["verified"], device),
-            TensorType(self.dtype, ["verified", self.hidden_size], device),
-            TensorType(DType.int64, ["verified"], device),
+            TensorType(DType.int64, ["batch", "verified"], device),
+            TensorType(self.dtype, ["batch", "verified", self.hidden_size], device),
+            TensorType(DType.int64, ["batch", "verified"], device),
             TensorType(DType.uint32, ["batch"], device),
-            TensorType(DType.int64, ["rows"], device),
+            TensorType(DType.int64, [self.deepest], device),
+            TensorType(DType.int64, ["batch"], device),
+            TensorType(DType.int64, ["batch", "rows"], device),
             TensorType(DType.int64, ["batch"], device),
             BufferType(self.dtype, ["batch", keep, self.hidden_size], device),
             BufferType(DType.int64, ["batch", keep + 1], device),
@@ -158,39 +157,35 @@ class Handover(Module):
     """Puts a cycle's last token and drafts where the next cycle's verification reads them.
 
     Args:
-        depth: `d`.
+        deepest: The most drafts of a request; `K` is one less.
         device: Where they are.
     """
 
-    def __init__(self, depth: int, device: DeviceRef) -> None:
+    def __init__(self, deepest: int, device: DeviceRef) -> None:
         super().__init__()
-        self.depth, self.device = depth, device
+        self.deepest, self.device = deepest, device
 
-    def __call__(self, window: TensorValue, verified: BufferValue, *drafted: TensorValue) -> tuple[TensorValue]:
+    def __call__(
+        self, window: TensorValue, places: TensorValue, verified: BufferValue, *drafted: TensorValue
+    ) -> tuple[TensorValue]:
         """Writes `verified`, and returns the same.
 
         Args:
             window: As `Acceptance` left it.
+            places: Of the next tokens to verify, in the last tokens followed by `drafted`: `[B (d + 1)]` int64.
             verified: The next tokens to verify, `[B (d + 1)]` int64.
-            drafted: What each depth drafted, `[B]` int64.
+            drafted: What each depth drafted, `[B]` int64; any tokens for the depths that `places` does not name.
         """
-        last = window[:, self.depth - 1 :]
-        tokens = ops.concat([last, *(ops.unsqueeze(drafts, 1) for drafts in drafted)], axis=1)
-        flat = ops.rebind(ops.reshape(tokens, (window.shape[0] * (self.depth + 1),)), verified.shape)
-        ops.buffer_store(verified, flat)
-        return (flat,)
+        last = window[:, self.deepest - 1]
+        tokens = ops.gather(ops.concat([last, *drafted], axis=0), places, axis=0)
+        ops.buffer_store(verified, tokens)
+        return (tokens,)
 
     def input_types(self) -> tuple[Type[Any], ...]:
         """The graph's inputs: those of `__call__`, in its order."""
         return (
-            TensorType(DType.int64, ["batch", self.depth], self.device),
+            TensorType(DType.int64, ["batch", self.deepest], self.device),
+            TensorType(DType.int64, ["verified"], self.device),
             BufferType(DType.int64, ["verified"], self.device),
-            *(TensorType(DType.int64, ["batch"], self.device) for _ in range(self.depth)),
+            *(TensorType(DType.int64, ["batch"], self.device) for _ in range(self.deepest)),
         )
-
-
-def _by_request(values: TensorValue, batch: Dim, each: int) -> TensorValue:
-    """`[batch * each, …]` as `[batch, each, …]`."""
-    rest = values.shape[1:]
-    flat = ops.rebind(values, (batch * each, *rest), message=f"expected {each} rows a request")
-    return ops.reshape(flat, (batch, each, *rest))

@@ -6,6 +6,7 @@ device. Where drafting rests, rows gather for hundreds of steps, and do so on th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +47,60 @@ class DeviceRows:
         return DeviceRows(self.kept, self.start + start, self.start + max(start, end))
 
 
-Rows = npt.NDArray[Any] | DeviceRows
+class CycleRows:
+    """What cycles that do not draft at full depth leave for the depths that rest, on the host, cycle by cycle.
+
+    Args:
+        limit: Rows of each request after which older ones are given up.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._hidden: deque[npt.NDArray[Any]] = deque()
+        self._counts: deque[npt.NDArray[np.int64]] = deque()
+        self._stored = np.zeros(1, dtype=np.int64)
+
+    def add(self, hidden: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> None:
+        """Takes a cycle's hidden states `[batch, rows, hidden_size]`, of which the first `counts [batch]` count."""
+        self._hidden.append(hidden)
+        self._counts.append(counts)
+        self._stored = self._stored + counts
+        while (self._stored - self._counts[0]).min() >= self._limit:
+            self._hidden.popleft()
+            self._stored = self._stored - self._counts.popleft()
+
+    def of(self, request: int) -> RowsOfCycles:
+        """All rows of a request; to be asked for when no cycle follows."""
+        return RowsOfCycles(self, request, 0, int(self._stored[request]))
+
+    def on_host(self, request: int, start: int, end: int) -> npt.NDArray[Any]:
+        """Rows `start … end - 1` of a request."""
+        counts = np.array([own[request] for own in self._counts])
+        ends = np.cumsum(counts)
+        first, last = np.searchsorted(ends, [start, end - 1], side="right")
+        pieces = [self._hidden[cycle][request, : counts[cycle]] for cycle in range(first, last + 1)]
+        skipped = start - int(ends[first] - counts[first])
+        return np.concatenate(pieces)[skipped : skipped + end - start]
+
+
+@dataclass(frozen=True)
+class RowsOfCycles:
+    """Rows `start … end - 1` of a request's in `cycles`."""
+
+    cycles: CycleRows
+    request: int
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __getitem__(self, index: slice) -> RowsOfCycles:
+        start, end, _ = index.indices(len(self))
+        return RowsOfCycles(self.cycles, self.request, self.start + start, self.start + max(start, end))
+
+
+Rows = npt.NDArray[Any] | DeviceRows | RowsOfCycles
 """Hidden states `[n, hidden_size]` of one request."""
 
 
@@ -67,5 +121,12 @@ def common_source(pieces: Sequence[Rows]) -> tuple[KeptRows, npt.NDArray[np.int6
 
 def concatenated(pieces: Sequence[Rows], width: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """The pieces `[n, width]` one after the other on the host; none gives `[0, width]`."""
-    arrays = [p.kept.on_host[p.start : p.end] if isinstance(p, DeviceRows) else p for p in pieces]
-    return np.concatenate([np.empty((0, width), dtype=dtype), *arrays])
+    return np.concatenate([np.empty((0, width), dtype=dtype), *(_on_host(piece) for piece in pieces if len(piece))])
+
+
+def _on_host(rows: Rows) -> npt.NDArray[Any]:
+    if isinstance(rows, DeviceRows):
+        return rows.kept.on_host[rows.start : rows.end]
+    if isinstance(rows, RowsOfCycles):
+        return rows.cycles.on_host(rows.request, rows.start, rows.end)
+    return rows

@@ -24,7 +24,7 @@ from .acceptance import can_verify_drafts, commit, contexts_ahead, num_accepted
 from .drafted import Drafts
 from .model import SpeculativeStep3p5Model
 from .padding import Padding, padded_size
-from .policy import AdaptiveDepth, DraftPlan, FixedDepth
+from .policy import CYCLE_TRIALS, AdaptiveDepth, DraftPlan, FixedDepth
 from .rows import Advance, Int64, draft_rows
 from .state import RequestState
 from .statistics import Statistics
@@ -62,7 +62,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             self.use_cycles(captures=True)
 
     def use_cycles(self, *, captures: bool) -> None:
-        """Lets requests that only decode, at full depth, go through a `SteadyCycle` a step.
+        """Lets requests that only decode go through a `SteadyCycle` a step.
 
         Args:
             captures: Whether its graphs are captured, which takes a GPU.
@@ -72,6 +72,8 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         longest = min(longest, manager.effective_max_seq_length or longest)
         graphs = model.cycle_graphs(self.vocab_size, longest, captures)
         self.cycles = None if graphs is None else SteadyCycles(graphs)
+        if self.cycles is not None:
+            self.policy.try_out_with(CYCLE_TRIALS)
 
     def batch_spec_decode_metrics(self) -> _SpeculativeDecodingMetrics | None:
         """Acceptance of the last step, for the scheduler's log and `/metrics`; `None` without speculation."""
@@ -129,22 +131,20 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         if self.cycles is None or not self._can_cycle(batch):
             self._end_run()
             return None
-        starts = None if run is not None else self._starts(batch)
-        if run is None and starts is None:
-            return None
         plan = self.policy.plan(len(batch), True)
-        if plan != DraftPlan(model.depth, len(batch)):
-            self._planned_ahead = plan
+        if run is None or plan != DraftPlan(run.cycle.depth, len(batch)):
             self._end_run()
-            return None
-        if starts is not None:
+            starts = self._starts(batch, plan.depth) if plan.num_requests == len(batch) else None
+            if starts is None:
+                self._planned_ahead = plan
+                return None
             size = padded_size(len(batch), self.max_batch_size)
             padding = self._padding.take(size - len(batch))
             if padding is None:
                 size, padding = len(batch), []
-            cycle = self.cycles.of_size(size)
+            cycle = self.cycles.of_size(size, plan.depth)
             cycle.begin(starts)
-            self._run = run = SteadyRun(batch, padding, cycle)
+            self._run = run = SteadyRun(batch, padding, cycle, model.rows_to_go_on)
         self._planned = plan
         return run
 
@@ -161,28 +161,28 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         )
 
     def _is_start_of_run(self, batch: Sequence[TextContext]) -> bool:
-        """Whether a step at full depth only leads to cycles, so that its time foretells nothing."""
-        at_full_depth = self._planned == DraftPlan(self._pipeline_model.depth, len(batch))
-        return self.cycles is not None and at_full_depth and self._can_cycle(batch)
+        """Whether a step only leads to cycles, so that its time foretells nothing."""
+        return self.cycles is not None and self._can_cycle(batch)
 
-    def _starts(self, batch: Sequence[TextContext]) -> list[Start] | None:
-        """Where the requests stand, if all of them have what a cycle begins with."""
-        depth, keep = self._pipeline_model.depth, self._pipeline_model.depth - 1
+    def _starts(self, batch: Sequence[TextContext], depth: int) -> list[Start] | None:
+        """Where the requests stand, if all of them have what a cycle of `depth` drafts begins with."""
+        assert self.cycles is not None
+        keep = self.cycles.graphs.keep
         starts = []
         for context in batch:
             state, position = self._states.get(context.request_id), context.tokens.processed_length
             if (
                 state is None
                 or state.position != position
-                or state.drafts is None
-                or len(state.drafts) != depth
+                or len(state.drafts or ()) < depth
                 or state.first_unread(depth) < position - keep
             ):
                 return None
             kept = state.rows_from(position - keep)
             if sum(map(len, kept)) != keep:
                 return None
-            starts.append(Start(context.tokens.all[position - keep : position + 1], state.drafts, kept))
+            drafts = state.drafts.first(depth) if state.drafts is not None else ()
+            starts.append(Start(context.tokens.all[position - keep : position + 1], drafts, kept))
         return starts
 
     def _end_run(self) -> None:
@@ -193,26 +193,27 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         alive = [index for index, context in enumerate(run.batch) if run.stands_still(index) and not context.is_done]
         if not alive:
             return
-        depth = self._pipeline_model.depth
+        depth = run.cycle.depth
         drafted, kept = run.cycle.end()
         for index in alive:
             if (state := self._states.get(run.batch[index].request_id)) is not None:
-                state.advance(run.ends[index], depth, kept[index], Drafts(drafted, index, depth))
+                rows = run.rows.of(index) if run.cycle.leaves_rows else kept[index]
+                state.advance(run.ends[index], depth, rows, Drafts(drafted, index, depth) if depth else None)
 
     def _execute_cycle(self, run: SteadyRun) -> PipelineOutputsDict[TextGenerationOutput]:
         """A step of a run."""
         assert self.cycles is not None
         started = time.perf_counter()
         batch, model, longest = run.batch, self._pipeline_model, self.cycles.graphs.longest
-        size = run.cycle.batch_size
+        size, depth = run.cycle.batch_size, run.cycle.depth
         for context in batch:
-            context.spec_decoding_state.draft_tokens_to_verify = [0] * model.depth
+            context.spec_decoding_state.draft_tokens_to_verify = [0] * depth
         caches = self._kv_manager.runtime_inputs(
             [[*batch, *run.padding]],
             max_cache_length=longest,
-            batch_characteristics=BatchCharacteristics(size, model.depth + 1, longest),
+            batch_characteristics=BatchCharacteristics(size, depth + 1, longest),
         )
-        if model.heads is not None:
+        if model.heads is not None and depth:
             model.heads.refresh()
         ready = run.cycle.launch(cast(Any, caches), self._sampler_of(run))
         result = self._wait(run, ready)
@@ -222,8 +223,8 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             model.heads.see(result[:, :-1].ravel())
         if (seconds := run.seconds_of_cycle(verified)) is not None:
             # What the host does goes on beside the drafting, so that the two have no times of their own.
-            self.policy.record_verification(len(batch), model.depth, seconds)
-            self.policy.record_drafting(len(batch), model.depth, 0.0)
+            self.policy.record_verification(len(batch), depth, seconds)
+            self.policy.record_drafting(len(batch), depth, 0.0)
         outputs = {c.request_id: output for c in batch if (output := c.to_generation_output()).tokens}
         for context in batch:
             self._kv_manager.step(context)
@@ -236,7 +237,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             return None
         # MAX's sampler goes by the widest of a batch's parameters: what fills the batch up takes those of a request.
         contexts = [*run.batch, *[run.batch[0]] * len(run.padding)]
-        unread = [0] * self._pipeline_model.depth
+        unread = [0] * run.cycle.depth
 
         def sample(logits: Buffer) -> Buffer:
             tokens = self._drawn(logits, contexts, [unread] * len(contexts)).new_tokens
@@ -253,10 +254,13 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
 
     def _commit_cycle(self, run: SteadyRun, result: Int64) -> None:
         """Appends what a cycle drew to the requests, and counts acceptance."""
-        depth, counts = self._pipeline_model.depth, []
+        depth, counts = run.cycle.depth, []
+        if run.cycle.leaves_rows:
+            run.rows.add(run.cycle.hidden[: len(run.batch)], result[:, -1] + 1)
         for context, (*tokens, accepted) in zip(run.batch, result.tolist(), strict=True):
             commit(context, tokens[: accepted + 1])
-            counts.append((depth, accepted))
+            if depth:
+                counts.append((depth, accepted))
             context.spec_decoding_state.draft_tokens_to_verify = []
             if context.is_done:
                 self._states.pop(context.request_id, None)

@@ -22,9 +22,6 @@ PROBE_PERIOD = 512
 PROBE_CYCLES = 16
 """Cycles for which a trial drafts at full depth."""
 
-PROBE_SHARE = 16
-"""A trial while nothing is drafted takes one request in so many."""
-
 PROBE_COST = 0.01
 """Share of the time that trials may cost; they come less often where that takes more than `PROBE_PERIOD`."""
 
@@ -53,6 +50,29 @@ PRIOR_WEIGHT = 4.0
 
 SWITCH_GAIN = 1.02
 """How much better another depth must be to be chosen: measured times are noisy."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How depths that are not in use are tried."""
+
+    cycles: int = 1
+    """Steps for each depth, where some depth is in use."""
+
+    share: int = 16
+    """A trial while nothing is drafted takes one request in so many, ..."""
+
+    whole_batch: int = 1
+    """... but all of a batch of no more than this."""
+
+    def requests(self, batch: int) -> int:
+        """For how many of `batch` requests a trial drafts where nothing is drafted."""
+        return batch if batch <= self.whole_batch else max(1, batch // self.share)
+
+
+CYCLE_TRIALS = Trials(cycles=3, whole_batch=16)
+"""Where batches go through cycles: the first of a depth leads there from another and is not measured; drafts for some
+of the requests alone take a step without, so that small batches do better to draft as a whole."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +117,9 @@ class FixedDepth:
     def record_drafting(self, batch: int, depth: int, seconds: float) -> None:
         """Learns nothing."""
 
+    def try_out_with(self, trials: Trials) -> None:
+        """Tries nothing out."""
+
 
 class AdaptiveDepth:
     """The depth that pays, from 0 to `max_depth`; batches are told apart by powers of two.
@@ -118,6 +141,11 @@ class AdaptiveDepth:
         self._next_probe = PROBE_PERIOD
         self._cycle = 0
         self._running = 0
+        self._trials = Trials()
+
+    def try_out_with(self, trials: Trials) -> None:
+        """Sets how depths that are not in use are tried."""
+        self._trials = trials
 
     @property
     def acceptance(self) -> list[float]:
@@ -163,18 +191,20 @@ class AdaptiveDepth:
         best = self._best(bucket)
         if (unmeasured := self._to_measure(bucket, best)) is not None:
             return DraftPlan(unmeasured, batch)
-        if self._cycle >= self._next_probe + PROBE_CYCLES + self._max_depth:
+        if self._cycle >= self._next_probe + PROBE_CYCLES + self._max_depth * self._trials.cycles:
             self._next_probe = self._cycle + self._probe_period(bucket, best, batch)
         phase = self._cycle - self._next_probe
         if phase == 0:
             for index in range(self._max_depth):
                 self._forget(index, DOUBTED_WINDOW)
         if 0 <= phase < PROBE_CYCLES and best < self._max_depth:
-            return DraftPlan(self._max_depth, _probed(best, batch))
-        others = [depth for depth in range(self._max_depth + 1) if depth != best]
+            return DraftPlan(self._max_depth, self._tried(best, batch))
+        # From deep to shallow: who has more drafts than needed can go on with some.
+        others = [depth for depth in range(self._max_depth, -1, -1) if depth != best]
+        turn = (phase - PROBE_CYCLES) // self._trials.cycles
         # Drafting again after a rest reads all that was left unread: not for a measurement.
-        if best and 0 <= phase - PROBE_CYCLES < len(others):
-            return DraftPlan(others[phase - PROBE_CYCLES], batch)
+        if best and 0 <= turn < len(others):
+            return DraftPlan(others[turn], batch)
         return DraftPlan(best, batch)
 
     def _probe_period(self, bucket: int, best: int, batch: int) -> int:
@@ -190,9 +220,13 @@ class AdaptiveDepth:
             for depth in range(self._max_depth + 1)
         ]
         # A draft reads all of its weights for however few requests.
-        share = max(_probed(best, batch) / batch, 0.25)
-        cost = PROBE_CYCLES * share * lost[-1] + (sum(lost) if best else 0.0)
+        share = max(self._tried(best, batch) / batch, 0.25)
+        cost = PROBE_CYCLES * share * lost[-1] + (self._trials.cycles * sum(lost) if best else 0.0)
         return max(PROBE_PERIOD, int(cost / PROBE_COST))
+
+    def _tried(self, best: int, batch: int) -> int:
+        """For how many of `batch` requests a trial drafts where `best` is the depth in use."""
+        return batch if best else self._trials.requests(batch)
 
     def _forget(self, index: int, window: float) -> None:
         """Lets the acceptance of depth `index` rest on at most `window` drafts."""
@@ -246,11 +280,6 @@ class AdaptiveDepth:
     def _measured_seconds(self, bucket: int, depth: int) -> float:
         seconds = statistics.median(self._verify_seconds[bucket, depth])
         return seconds + statistics.median(self._draft_seconds[bucket, depth]) if depth else seconds
-
-
-def _probed(best: int, batch: int) -> int:
-    """For how many of `batch` requests a trial drafts where `best` is the depth in use."""
-    return batch if best else max(1, batch // PROBE_SHARE)
 
 
 def _bucket(batch: int) -> int:

@@ -1,5 +1,7 @@
 """A cycle of requests that only decode: verification and drafting launched at once, without the host between them.
 
+Each batch size and depth has cycles of its own, down to depth 0, which is plain decoding.
+
 Everything that goes from a cycle to the next stays on the device in memory of the batch size's own, so that all graphs
 can be captured. The host learns what was drawn and accepted while the depths draft.
 """
@@ -71,19 +73,14 @@ class CycleGraphs:
     """Positions for which a captured graph's attention is laid out."""
 
     @property
-    def depth(self) -> int:
-        """How many tokens a cycle drafts."""
-        return len(self.depths)
-
-    @property
     def all(self) -> tuple[CapturedGraph, ...]:
         """Every graph, in the order of a cycle."""
         return (self.verify, self.draw, self.accept, *self.depths, self.hand_over)
 
     @property
     def keep(self) -> int:
-        """Positions that the depths read once more."""
-        return self.depth - 1
+        """Positions that the depths read once more: all of them, whichever run, so that cycles can follow any other."""
+        return len(self.depths) - 1
 
 
 @dataclass(frozen=True)
@@ -99,18 +96,20 @@ class Start:
 
 
 class SteadyCycle:
-    """The memory and the graphs of one batch size.
+    """The memory and the graphs of one batch size and depth.
 
     Args:
         graphs: The compiled graphs.
         batch_size: Requests.
+        depth: How many tokens each cycle verifies and drafts, at most as many as there are depths.
     """
 
-    def __init__(self, graphs: CycleGraphs, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, graphs: CycleGraphs, batch_size: int, depth: int) -> None:
+        self.batch_size, self.depth = batch_size, depth
         self._graphs, self._device = graphs, graphs.device
+        self._depths = list(zip(graphs.depths, graphs.depth_inputs, strict=True))[:depth]
         self._cycles = 0
-        depth, keep = graphs.depth, graphs.keep
+        keep = graphs.keep
         self.rows_each = keep + depth + 1
         rows = batch_size * self.rows_each
         self._verified = self._buffer(DType.int64, batch_size * (depth + 1))
@@ -118,8 +117,11 @@ class SteadyCycle:
         self._kept = self._buffer(graphs.hidden_dtype, batch_size, keep, graphs.hidden_size)
         self._offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(depth + 1))
         self._logit_rows = self._constant(np.arange(batch_size * (depth + 1)))
-        self._row_places = self._constant(np.arange(rows))
+        self._columns = self._constant(np.minimum(np.arange(len(graphs.depths)), depth))
+        self._first_rows = self._constant(np.arange(0, rows, self.rows_each))
+        self._row_places = self._constant(np.arange(rows).reshape(batch_size, self.rows_each))
         self._draft_places = self._constant(np.arange(rows, rows + batch_size))
+        self._next_places = self._constant(np.arange(batch_size * (depth + 1)).reshape(depth + 1, -1).T.reshape(-1))
         self._draft_offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(self.rows_each))
         self._unknown = self._constant(np.full(batch_size, UNKNOWN_TOKEN, dtype=np.int64))
         self._most_rows = Buffer.from_numpy(np.array([self.rows_each], dtype=np.uint32))
@@ -128,12 +130,17 @@ class SteadyCycle:
         self._drafted: list[Buffer] = []
         self._reader = DraftReader(graphs.device)
         self._result: Buffer | None = None
+        self._states: Buffer | None = None
         if not graphs.device.is_host:
-            self._result = Buffer(DType.int64, [batch_size, depth + 2], graphs.device, Usage.STAGING | Usage.UNTRACKED)
+            pinned = Usage.STAGING | Usage.UNTRACKED
+            self._result = Buffer(DType.int64, [batch_size, depth + 2], graphs.device, pinned)
+            if self.leaves_rows:
+                shape = [batch_size * (depth + 1), graphs.hidden_size]
+                self._states = Buffer(graphs.hidden_dtype, shape, graphs.device, pinned)
 
     def begin(self, starts: Sequence[Start]) -> None:
         """Fills the memory with where the requests stand; those that are missing to the batch size read zeros."""
-        depth, keep = self._graphs.depth, self._graphs.keep
+        depth, keep = self.depth, self._graphs.keep
         window = np.zeros((self.batch_size, keep + 1), dtype=np.int64)
         verified = np.zeros((self.batch_size, depth + 1), dtype=np.int64)
         for request, start in enumerate(starts):
@@ -172,34 +179,31 @@ class SteadyCycle:
         captured = self._cycles > SETTLED
 
         def run(graph: CapturedGraph, *inputs: Buffer) -> list[Buffer]:
-            return graph.run(self.batch_size, *inputs) if captured else graph.execute(*inputs)
+            return graph.run(self._key, *inputs) if captured else graph.execute(*inputs)
 
         logits, hidden = run(graphs.verify, self._verified, self._offsets, self._logit_rows, *cache_leaves(caches))
         drawn = run(graphs.draw, logits, graphs.known_tokens)[0] if sample is None else sample(logits)
+        each = (self.batch_size, self.depth + 1)
         previous, tokens, following, last_rows, lengths, result = run(
             graphs.accept,
-            drawn,
-            hidden,
-            self._verified,
+            drawn.view(drawn.dtype, each),
+            hidden.view(hidden.dtype, (*each, graphs.hidden_size)),
+            self._verified.view(self._verified.dtype, each),
             next(iter(caches.values()))[0].cache_lengths,
+            self._columns,
+            self._first_rows,
             self._row_places,
             self._draft_places,
             self._kept,
             self._window,
         )
-        ready = None
-        if self._result is None:
-            self._on_host = result.to_numpy()
-        else:
-            self._result.inplace_copy_from(result)
-            self._on_host = self._result.to_numpy()
-            ready = self._device.default_queue.record_event()
+        ready = self._read(result, hidden)
         leaves = {
             kind: cache_leaves(self._draft_cache(kind, caches[kind][0], lengths))
-            for kind in {inputs.kind for inputs in graphs.depth_inputs}
+            for kind in {inputs.kind for _, inputs in self._depths}
         }
         self._drafted = []
-        for graph, inputs in zip(graphs.depths, graphs.depth_inputs, strict=True):
+        for graph, inputs in self._depths:
             previous, tokens, chosen, _ = run(
                 graph,
                 previous,
@@ -213,8 +217,14 @@ class SteadyCycle:
                 *leaves[inputs.kind],
             )
             self._drafted.append(chosen)
-        run(graphs.hand_over, self._window, self._verified, *self._drafted)
+        drafted = [*self._drafted, *[self._unknown] * (len(graphs.depths) - self.depth)]
+        run(graphs.hand_over, self._window, self._next_places, self._verified, *drafted)
         return ready
+
+    @property
+    def leaves_rows(self) -> bool:
+        """Whether some depth rests, which will want the cycle's hidden states when it drafts again."""
+        return self.depth < len(self._graphs.depths)
 
     @property
     def settled(self) -> bool:
@@ -225,6 +235,12 @@ class SteadyCycle:
     def result(self) -> npt.NDArray[np.int64]:
         """Of each request the drawn tokens and how many of its drafts they accept, `[batch, d + 2]`."""
         return self._on_host
+
+    @property
+    def hidden(self) -> npt.NDArray[Any]:
+        """The last cycle's hidden states `[batch, d + 1, hidden_size]` as a copy, where it `leaves_rows`."""
+        shape = (self.batch_size, self.depth + 1, self._graphs.hidden_size)
+        return self._hidden.reshape(shape).copy()
 
     def end(self) -> tuple[Drafted, list[Rows]]:
         """What the last cycle drafted, and the hidden states of each request's last positions, as copies."""
@@ -238,7 +254,24 @@ class SteadyCycle:
         """Releases what was captured for this batch size."""
         self._cycles = 0
         for graph in self._graphs.all:
-            graph.forget(self.batch_size)
+            graph.forget(self._key)
+
+    @property
+    def _key(self) -> tuple[int, int]:
+        """What a captured graph's shapes depend on."""
+        return self.batch_size, self.depth
+
+    def _read(self, result: Buffer, hidden: Buffer) -> DeviceEvent | None:
+        """Brings to the host what it reads of a cycle; the event is when it is there."""
+        if self._result is None:
+            self._on_host, self._hidden = result.to_numpy(), rows_to_host(hidden)
+            return None
+        self._result.inplace_copy_from(result)
+        self._on_host = self._result.to_numpy()
+        if self._states is not None:
+            self._states.inplace_copy_from(hidden)
+            self._hidden = rows_to_host(self._states)
+        return self._device.default_queue.record_event()
 
     def _draft_cache(self, kind: str, cache: Cache, cache_lengths: Buffer) -> Cache:
         """The cache of `kind` as the depths see it."""
@@ -261,7 +294,7 @@ class SteadyCycle:
 
 
 class SteadyCycles:
-    """The cycles of all batch sizes; what was not used for the longest time gives its captured graphs up.
+    """The cycles of all batch sizes and depths; what was not used for the longest time gives its captured graphs up.
 
     Args:
         graphs: The compiled graphs.
@@ -269,12 +302,13 @@ class SteadyCycles:
 
     def __init__(self, graphs: CycleGraphs) -> None:
         self.graphs = graphs
-        self._cycles: dict[int, SteadyCycle] = {}
+        self._cycles: dict[tuple[int, int], SteadyCycle] = {}
 
-    def of_size(self, batch_size: int) -> SteadyCycle:
-        """The cycle of a batch size."""
-        cycle = self._cycles.pop(batch_size, None) or SteadyCycle(self.graphs, batch_size)
-        self._cycles[batch_size] = cycle  # the last one used stands last
-        while sum(self._cycles) * (self.graphs.depth + 1) > MOST_CAPTURED_ROWS and len(self._cycles) > 1:
+    def of_size(self, batch_size: int, depth: int) -> SteadyCycle:
+        """The cycle of a batch size and depth."""
+        key = batch_size, depth
+        cycle = self._cycles.pop(key, None) or SteadyCycle(self.graphs, batch_size, depth)
+        self._cycles[key] = cycle  # the last one used stands last
+        while sum(size * (deep + 1) for size, deep in self._cycles) > MOST_CAPTURED_ROWS and len(self._cycles) > 1:
             self._cycles.pop(next(iter(self._cycles))).forget_captures()
         return cycle

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from max.pipelines.context import TextContext
 
 from ..steady_batch import same_requests
+from .kept_rows import CycleRows
 from .steady_cycle import SteadyCycle
 
 
@@ -17,10 +18,15 @@ class SteadyRun:
         batch: The requests, in the order of the cycle.
         padding: What comes after them up to the cycle's size.
         cycle: Its memory and graphs.
+        most_rows: Hidden states of a request to keep for depths that rest.
     """
 
-    def __init__(self, batch: Sequence[TextContext], padding: Sequence[TextContext], cycle: SteadyCycle) -> None:
+    def __init__(
+        self, batch: Sequence[TextContext], padding: Sequence[TextContext], cycle: SteadyCycle, most_rows: int
+    ) -> None:
         self.batch, self.padding, self.cycle = list(batch), list(padding), cycle
+        self.rows = CycleRows(most_rows)
+        """What the cycles leave for depths that rest."""
         self.ends: list[int] = []
         """Processed length of each request when the last cycle ended."""
         self.end_cycle()
