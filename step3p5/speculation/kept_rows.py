@@ -51,14 +51,15 @@ class CycleRows:
     """What cycles that do not draft at full depth leave for the depths that rest, on the host, cycle by cycle.
 
     Args:
+        batch_size: Requests.
         limit: Rows of each request after which older ones are given up.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, batch_size: int, limit: int) -> None:
         self._limit = limit
         self._hidden: deque[npt.NDArray[Any]] = deque()
         self._counts: deque[npt.NDArray[np.int64]] = deque()
-        self._stored = np.zeros(1, dtype=np.int64)
+        self._stored = np.zeros(batch_size, dtype=np.int64)
 
     def add(self, hidden: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> None:
         """Takes a cycle's hidden states `[batch, rows, hidden_size]`, of which the first `counts [batch]` count."""

@@ -25,7 +25,7 @@ class SteadyRun:
         self, batch: Sequence[TextContext], padding: Sequence[TextContext], cycle: SteadyCycle, most_rows: int
     ) -> None:
         self.batch, self.padding, self.cycle = list(batch), list(padding), cycle
-        self.rows = CycleRows(most_rows)
+        self.rows = CycleRows(len(batch), most_rows)
         """What the cycles leave for depths that rest."""
         self.ends: list[int] = []
         """Processed length of each request when the last cycle ended."""
