@@ -33,7 +33,7 @@ Sampler: TypeAlias = Callable[[Buffer], Buffer]
 """Draws a token for each row of logits `[rows, vocab_size]`, `[rows]` int64, all on the device."""
 
 SETTLED = 2
-"""Cycles of a batch size that are executed before its graphs are captured: many last no longer."""
+"""Cycles of a batch size and depth that are executed before its graphs are captured: many last no longer."""
 
 MOST_CAPTURED_ROWS = 2048
 """Verified tokens of all captured batch sizes together; a token's logits take 0.8 MB."""
@@ -251,7 +251,7 @@ class SteadyCycle:
         return drafted, split_rows(kept, [self._graphs.keep] * self.batch_size)
 
     def forget_captures(self) -> None:
-        """Releases what was captured for this batch size."""
+        """Releases what was captured for this batch size and depth."""
         self._cycles = 0
         for graph in self._graphs.all:
             graph.forget(self._key)
