@@ -190,9 +190,19 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
     @override
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
         """Runs a step."""
+        self.await_inputs()
         outputs = super().execute(model_inputs)
         self.after_step()
         return outputs
+
+    def await_inputs(self) -> None:
+        """Waits until a step's inputs are where the graph reads them.
+
+        MAX copies them there behind the call's back, and on a CPU a graph does not wait for that: beside other work one
+        step in thousands would read those of the step before.
+        """
+        if self.devices[0].is_host:
+            self.devices[0].synchronize()
 
     def after_step(self) -> None:
         """What follows the first step that the model runs."""

@@ -8,13 +8,16 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gpu_compilation import HOPPER, Compilation, models
 from harness import Runner, silence_unknown, write_checkpoint
+from max.driver import CPU, Buffer, batch_inplace_copy
+from max.dtype import DType
+from max.pipelines import graph_input_stager
 from reference import Reference
 from server import LONG_FORM, Server
 from test_parallel_plan import MODES
@@ -75,6 +78,18 @@ def steady_reference(steady: Path) -> Reference:
 def tiny_model(tiny: Path) -> Runner:
     """`tiny` in MAX on the CPU, up to three requests at a time."""
     return Runner(tiny)
+
+
+@pytest.fixture
+def late_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets MAX's copies of every step's inputs wait for another, of many milliseconds."""
+    source, to = (Buffer.zeros((1 << 27,), DType.uint8, CPU()) for _ in range(2))
+
+    def copy_later(dsts: Sequence[Buffer], srcs: Sequence[Buffer]) -> None:
+        to.inplace_copy_from(source)
+        batch_inplace_copy(dsts, srcs)
+
+    monkeypatch.setattr(graph_input_stager, "batch_inplace_copy", copy_later)
 
 
 @pytest.fixture(scope="session")

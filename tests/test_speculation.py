@@ -86,6 +86,15 @@ def test_every_depth_drafts_as_the_reference_does(
     recorder.check(Reference.from_checkpoint(predictable))
 
 
+@pytest.mark.usefixtures("late_inputs")
+def test_a_step_waits_for_its_inputs(drafting: AutoModel, predictable: Path, rng: np.random.Generator) -> None:
+    """The drafts' caches are those of the step before until then, of requests that have ended too."""
+    prompts = prompts_of(rng, 3, 60, 30)
+    with Recorder(drafting) as recorder:
+        generate(drafting, [request(p, n) for p, n in zip(prompts, (4, 9, 14), strict=True)], 40)
+    recorder.check(Reference.from_checkpoint(predictable))
+
+
 def test_a_part_of_the_vocabulary_drafts_its_best_and_changes_nothing(
     plain: AutoModel, drafting_some: AutoModel, predictable: Path, rng: np.random.Generator
 ) -> None:

@@ -156,6 +156,19 @@ class Changing(FixedDepth):
         return DraftPlan(self.depths.pop(), 1 if self.rng.random() < 0.05 else batch)
 
 
+@pytest.mark.usefixtures("late_inputs")
+def test_a_cycle_waits_for_its_inputs(drafting: AutoModel, rng: np.random.Generator) -> None:
+    requests = list(zip(prompts_of(rng, 5, 60, 30), (8, 16, 24), strict=True))
+    contexts = [request(prompt, length) for prompt, length in requests]
+    with recorded(drafting.pipeline, contexts, cycles=False) as (want_drafts, _):
+        want = generate(drafting, contexts)
+    contexts = [request(prompt, length) for prompt, length in requests]
+    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, cycles):
+        assert generate(drafting, contexts) == want
+    assert cycles
+    assert_same_drafts(drafts, want_drafts)
+
+
 @pytest.mark.usefixtures("handed_on")
 def test_drafts_are_the_same_whichever_depths_came_before(drafting: AutoModel, rng: np.random.Generator) -> None:
     """Depths that rest find the hidden states that they have missed, with and without cycles."""

@@ -211,6 +211,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
             assert self._tokens is not None
             rest = [Buffer(DType.int64, [0], self.devices[0])] * (self.depth - len(rows.made.by_depth))
             (tokens,) = self._tokens.execute(known, places, *rows.made.by_depth, *rest)
+        self.await_inputs()
         logits, hidden = self.model.execute(tokens, offsets, logit_rows, *tree.leaves(kv_cache_inputs))
         self.after_step()
         return logits, hidden

@@ -215,6 +215,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         )
         if model.heads is not None and depth:
             model.heads.refresh()
+        model.await_inputs()
         ready = run.cycle.launch(cast(Any, caches), self._sampler_of(run))
         result = self._wait(run, ready)
         verified = time.perf_counter()
