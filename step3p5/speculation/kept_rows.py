@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,19 +32,25 @@ class KeptRows:
 
 
 @dataclass(frozen=True)
-class DeviceRows:
-    """Rows `start … end - 1` of `kept`: one request's."""
+class _Span:
+    """Rows `start … end - 1` of something larger: one request's. A slice is a span of the same."""
 
-    kept: KeptRows
     start: int
     end: int
 
     def __len__(self) -> int:
         return self.end - self.start
 
-    def __getitem__(self, index: slice) -> DeviceRows:
+    def __getitem__(self, index: slice) -> Self:
         start, end, _ = index.indices(len(self))
-        return DeviceRows(self.kept, self.start + start, self.start + max(start, end))
+        return replace(self, start=self.start + start, end=self.start + max(start, end))
+
+
+@dataclass(frozen=True)
+class DeviceRows(_Span):
+    """A span of `kept`."""
+
+    kept: KeptRows
 
 
 class CycleRows:
@@ -72,7 +78,7 @@ class CycleRows:
 
     def of(self, request: int) -> RowsOfCycles:
         """All rows of a request; to be asked for when no cycle follows."""
-        return RowsOfCycles(self, request, 0, int(self._stored[request]))
+        return RowsOfCycles(0, int(self._stored[request]), self, request)
 
     def on_host(self, request: int, start: int, end: int) -> npt.NDArray[Any]:
         """Rows `start … end - 1` of a request."""
@@ -85,20 +91,11 @@ class CycleRows:
 
 
 @dataclass(frozen=True)
-class RowsOfCycles:
-    """Rows `start … end - 1` of a request's in `cycles`."""
+class RowsOfCycles(_Span):
+    """A span of what `cycles` left of the request `request`."""
 
     cycles: CycleRows
     request: int
-    start: int
-    end: int
-
-    def __len__(self) -> int:
-        return self.end - self.start
-
-    def __getitem__(self, index: slice) -> RowsOfCycles:
-        start, end, _ = index.indices(len(self))
-        return RowsOfCycles(self.cycles, self.request, self.start + start, self.start + max(start, end))
 
 
 Rows = npt.NDArray[Any] | DeviceRows | RowsOfCycles

@@ -260,7 +260,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         previous, kept_now = self._selection.execute(hidden, kept_rows, rows, keep)
         to_keep: Rows
         if self.stays_on_device and plan.keeps_all:
-            to_keep = DeviceRows(KeptRows(kept_now), 0, len(plan.keep))
+            to_keep = DeviceRows(0, len(plan.keep), KeptRows(kept_now))
         else:
             to_keep = rows_to_host(kept_now)
         if not drafting:

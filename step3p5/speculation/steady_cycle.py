@@ -247,7 +247,7 @@ class SteadyCycle:
         drafted = self._reader.start([drafts.copy() for drafts in self._drafted])
         shape = (self.batch_size * self._graphs.keep, self._graphs.hidden_size)
         rows = self._kept.copy().view(self._kept.dtype, shape)
-        kept: Rows = rows_to_host(rows) if self._device.is_host else DeviceRows(KeptRows(rows), 0, shape[0])
+        kept: Rows = rows_to_host(rows) if self._device.is_host else DeviceRows(0, shape[0], KeptRows(rows))
         return drafted, split_rows(kept, [self._graphs.keep] * self.batch_size)
 
     def forget_captures(self) -> None:
