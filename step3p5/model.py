@@ -198,8 +198,8 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
     def await_inputs(self) -> None:
         """Waits until a step's inputs are where the graph reads them.
 
-        MAX copies them there behind the call's back, and on a CPU a graph does not wait for that: beside other work one
-        step in thousands would read those of the step before.
+        MAX copies them there behind the call's back, and on a CPU a graph does not wait for that: beside other work a
+        step would now and then read those of the step before.
         """
         if self.devices[0].is_host:
             self.devices[0].synchronize()

@@ -55,12 +55,6 @@ def test_a_cached_prefix_gives_the_same_logits(tiny: Path, tiny_reference: Refer
         assert runner.cached_blocks(prefix) > 0, "nothing of the prefix is in the cache"
 
 
-@pytest.mark.usefixtures("late_inputs")
-def test_a_step_waits_for_its_inputs(tiny_model: Runner, tiny_reference: Reference, rng: np.random.Generator) -> None:
-    prompts = [clear_prompt(tiny_reference, rng, length) for length in (7, 30, 13)]
-    check_requests(tiny_model, tiny_reference, prompts, steps=4, chunk=8)
-
-
 def test_the_same_prompt_gives_the_same_bits(tiny_model: Runner, rng: np.random.Generator) -> None:
     prompt = rng.integers(16, 500, size=200).tolist()
     first, second = (tiny_model.run([prompt], steps=8)[1][0] for _ in range(2))

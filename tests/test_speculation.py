@@ -88,7 +88,7 @@ def test_every_depth_drafts_as_the_reference_does(
 
 @pytest.mark.usefixtures("late_inputs")
 def test_a_step_waits_for_its_inputs(drafting: AutoModel, predictable: Path, rng: np.random.Generator) -> None:
-    """The drafts' caches are those of the step before until then, of requests that have ended too."""
+    """Requests end at different times, so that a step's pages are not those of the step before."""
     prompts = prompts_of(rng, 3, 60, 30)
     with Recorder(drafting) as recorder:
         generate(drafting, [request(p, n) for p, n in zip(prompts, (4, 9, 14), strict=True)], 40)

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -233,14 +234,22 @@ def test_a_checkpoint_with_fewer_mtp_layers_says_so_and_runs_with_what_it_has(
 ) -> None:
     prompt = rng.integers(FIRST_TEXT_TOKEN, 500, size=30).tolist()
     want = tokens_of(complete(plain, prompt, 60))
-    checkpoint = with_mtp_layers(predictable, tmp_path / "checkpoint", 1)
-    with ChattyServer(checkpoint, tmp_path, DRAFTING) as server:
-        answer = complete(server, prompt, 60)
-        log = server.log.read_text()
-    assert log.count("found 3, but the checkpoint has 1 MTP layers that could draft. Drafting 1 deep.") == 1
-    assert "Per-Pos: [p0=" in log
-    assert "p1=" not in log
-    assert_equal_but_for_ties(reference, prompt, tokens_of(answer), want)
+    with ExitStack() as stack:
+        started = {}
+        for layers in (0, 1):
+            folder = tmp_path / str(layers)
+            checkpoint = with_mtp_layers(predictable, folder / "checkpoint", layers)
+            started[layers] = ChattyServer(checkpoint, folder, DRAFTING)
+            stack.callback(started[layers].__exit__)
+        for layers, does in ((0, "Running without speculation."), (1, "Drafting 1 deep.")):
+            with started[layers] as server:
+                answer = complete(server, prompt, 60)
+                log = server.log.read_text()
+                message = f"found 3, but the checkpoint has {layers} MTP layers that could draft. {does}"
+                assert log.count(message) == 1
+                assert ("Per-Pos: [p0=" in log) == (layers > 0)
+                assert "p1=" not in log
+            assert_equal_but_for_ties(reference, prompt, tokens_of(answer), want)
 
 
 def with_mtp_layers(source: Path, folder: Path, count: int) -> Path:

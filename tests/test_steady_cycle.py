@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,28 @@ def test_a_cycle_begins_with_what_it_is_given(drafting: AutoModel, rng: np.rando
         np.testing.assert_array_equal(cycle._kept.to_numpy(), kept)
 
 
+def cycles_that_change_nothing(drafting: AutoModel, requests: Callable[[], list[TextContext]]) -> Cycles:
+    """The cycles of a run, after holding its tokens and drafts to those of a run without any."""
+    contexts = requests()
+    with recorded(drafting.pipeline, contexts, cycles=False) as (want_drafts, _):
+        want = generate(drafting, contexts)
+    contexts = requests()
+    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, cycles):
+        assert generate(drafting, contexts) == want
+    assert_same_drafts(drafts, want_drafts)
+    return cycles
+
+
+@pytest.mark.usefixtures("late_inputs")
+def test_a_cycle_waits_for_its_inputs(drafting: AutoModel, rng: np.random.Generator) -> None:
+    prompts = prompts_of(rng, 5, 60, 30)
+
+    def requests() -> list[TextContext]:
+        return [request(prompt, length) for prompt, length in zip(prompts, (8, 16, 24), strict=True)]
+
+    assert cycles_that_change_nothing(drafting, requests)
+
+
 @pytest.mark.usefixtures("handed_on")
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_cycles_draft_and_draw_the_same(drafting: AutoModel, rng: np.random.Generator, batch_size: int) -> None:
@@ -127,13 +149,7 @@ def test_cycles_draft_and_draw_the_same(drafting: AutoModel, rng: np.random.Gene
     def requests() -> list[TextContext]:
         return [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
 
-    contexts = requests()
-    with recorded(drafting.pipeline, contexts, cycles=False) as (want_drafts, _):
-        want = generate(drafting, contexts)
-    contexts = requests()
-    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, cycles):
-        assert generate(drafting, contexts) == want
-    assert_same_drafts(drafts, want_drafts)
+    cycles = cycles_that_change_nothing(drafting, requests)
     sizes = [size for size, _ in cycles]
     assert max(sizes) == batch_size
     assert {padded_size(size, batch_size) for size in sizes} == set(sizes)
@@ -154,19 +170,6 @@ class Changing(FixedDepth):
                 int(depth) for depth in self.rng.permutation(DEPTH + 1) for _ in range(self.rng.integers(3, 8))
             ]
         return DraftPlan(self.depths.pop(), 1 if self.rng.random() < 0.05 else batch)
-
-
-@pytest.mark.usefixtures("late_inputs")
-def test_a_cycle_waits_for_its_inputs(drafting: AutoModel, rng: np.random.Generator) -> None:
-    requests = list(zip(prompts_of(rng, 5, 60, 30), (8, 16, 24), strict=True))
-    contexts = [request(prompt, length) for prompt, length in requests]
-    with recorded(drafting.pipeline, contexts, cycles=False) as (want_drafts, _):
-        want = generate(drafting, contexts)
-    contexts = [request(prompt, length) for prompt, length in requests]
-    with recorded(drafting.pipeline, contexts, cycles=True) as (drafts, cycles):
-        assert generate(drafting, contexts) == want
-    assert cycles
-    assert_same_drafts(drafts, want_drafts)
 
 
 @pytest.mark.usefixtures("handed_on")
