@@ -360,5 +360,49 @@ def attend(
     )[0]
 
 
+def attention(
+    q: TensorValue,
+    input_row_offsets: TensorValue,
+    cache: PagedCacheValues,
+    cache_layer: TensorValue,
+    window: int | None,
+    scale: float,
+) -> TensorValue:
+    """Softmax attention over the paged cache on a GPU: our kernel for few tokens a request, MAX's for the others.
+
+    Args:
+        q: Queries `[T, query heads, head_dim]`.
+        input_row_offsets: `[batch + 1]` uint32.
+        cache: As of `qkv`; it holds the keys and values of these tokens.
+        cache_layer: The layer within the cache, a uint32 scalar on the host.
+        window: Keys that a query sees at most, its own the last; `None` for all.
+        scale: Of the scores.
+
+    Returns:
+        As `q`.
+
+    Raises:
+        ValueError: The cache says nothing of how MAX's kernel divides its work.
+    """
+    dispatch = cache.attention_dispatch_metadata
+    if dispatch is None:
+        raise ValueError("attention_dispatch_metadata of the cache: found none, expected the one of a GPU's cache")
+    return custom_op(
+        "step3p5_attention",
+        q.device,
+        [
+            q,
+            input_row_offsets,
+            *cache.flatten_without_attention_dispatch_metadata(),
+            cache_layer,
+            _scalar(scale),
+            dispatch.tensor,
+        ],
+        [q.type],
+        # MAX's names.
+        {"mask": "causal" if window is None else "sliding_window_causal", "window": window or -1},
+    )[0]
+
+
 def _scalar(value: float) -> TensorValue:
     return ops.constant(value, DType.float32, device=DeviceRef.CPU())

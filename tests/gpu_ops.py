@@ -94,7 +94,7 @@ def rope(x: TensorValue, row_offsets: TensorValue, cache_lengths: TensorValue) -
 
 
 def attend_inputs() -> list[TensorType | BufferType]:
-    """Queries, row offsets, cache lengths, pages, strides, layer, cache."""
+    """Queries, row offsets, lengths, pages; on the host stride, layer, most tokens, most cached, dispatch; the cache."""
     return [
         TensorType(DType.bfloat16, ("attend_T", HEADS, HEAD_DIM), GPU),
         TensorType(DType.uint32, ("attend_R1",), GPU),
@@ -102,22 +102,36 @@ def attend_inputs() -> list[TensorType | BufferType]:
         TensorType(DType.uint32, ("attend_R", "M"), GPU),
         TensorType(DType.int64, (1,), DeviceRef.CPU()),
         TensorType(DType.uint32, (), DeviceRef.CPU()),
+        *2 * [TensorType(DType.uint32, (1,), DeviceRef.CPU())],
+        TensorType(DType.int64, (4,), DeviceRef.CPU()),
         BufferType(DType.bfloat16, ["P", 2, "L", PAGE_SIZE, KEY_HEADS, HEAD_DIM], GPU),
     ]
 
 
-def attend(values: Sequence[Value[Any]], window: int) -> TensorValue:
-    """Attention over the paged cache."""
-    q, row_offsets, lengths, pages, stride, layer = (value.tensor for value in values[:6])
-    cache = PagedCacheValues(
-        kv_blocks=values[6].buffer,
+def paged_cache(values: Sequence[Value[Any]]) -> PagedCacheValues:
+    """The cache among `attend_inputs`."""
+    lengths, pages, stride, _, most_tokens, most_cached, dispatch = (value.tensor for value in values[2:9])
+    return PagedCacheValues(
+        kv_blocks=values[9].buffer,
         cache_lengths=lengths,
         lookup_table=pages,
-        max_prompt_length=stride,
-        max_cache_length=stride,
+        max_prompt_length=most_tokens,
+        max_cache_length=most_cached,
         page_stride=stride,
+        attention_dispatch_metadata=dispatch,
     )
-    return kernels.attend(q, row_offsets, cache, layer, window, HEAD_DIM**-0.5)
+
+
+def attend(values: Sequence[Value[Any]], window: int) -> TensorValue:
+    """Plain attention over the paged cache."""
+    q, row_offsets, layer = (values[i].tensor for i in (0, 1, 5))
+    return kernels.attend(q, row_offsets, paged_cache(values), layer, window, HEAD_DIM**-0.5)
+
+
+def attention(values: Sequence[Value[Any]], window: int | None) -> TensorValue:
+    """Attention as a model has it where MAX has a kernel; what that needs besides ours takes minutes to compile."""
+    q, row_offsets, layer = (values[i].tensor for i in (0, 1, 5))
+    return kernels.attention(q, row_offsets, paged_cache(values), layer, window, HEAD_DIM**-0.5)
 
 
 def all_ops() -> Graph:

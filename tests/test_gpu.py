@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import speculation_harness as speculation
 from expert_layer import LIMIT, Array, Layer, Operands, as_bfloat16, rounded
-from gpu_ops import HEAD_DIM, HEADS, KEY_HEADS, PAGE_SIZE, attend, attend_inputs
+from gpu_ops import HEAD_DIM, HEADS, KEY_HEADS, PAGE_SIZE, attend, attend_inputs, attention
 from max.driver import CPU, Accelerator, Buffer, accelerator_count
 from max.dtype import DType
 from max.engine import InferenceSession, Model
@@ -114,34 +114,93 @@ def test_nan_stays_in_its_token(experts: Model, rng: np.random.Generator, tokens
         assert found[others].tobytes() == clean[others].tobytes()
 
 
-def test_plain_attention_equals_float64(rng: np.random.Generator) -> None:
-    """The attention of GPUs that MAX has no kernel for; it runs on every GPU."""
-    lengths, new, layer, num_layers, num_pages, window = [0, 5, 300], [130, 1, 6], 1, 2, 10, 40
-    with Graph("plain_attention", input_types=attend_inputs()) as graph:
-        graph.output(attend(graph.inputs, window=0), attend(graph.inputs, window=window))
-    model = InferenceSession(devices=[Accelerator()]).load(graph)
-    q = rounded(rng.standard_normal((sum(new), HEADS, HEAD_DIM), np.float32), DType.bfloat16)
-    cache = rng.standard_normal((num_pages, 2, num_layers, PAGE_SIZE, KEY_HEADS, HEAD_DIM), np.float32)
-    cache = rounded(cache, DType.bfloat16)
-    pages = rng.permutation(num_pages)[:9].reshape(3, 3).astype(np.uint32)
-    offsets = np.cumsum([0, *new]).astype(np.uint32)
-    on_gpu = [as_bfloat16(q), offsets, np.array(lengths, np.uint32), pages]
-    on_cpu = [Buffer.from_numpy(np.array([-1])), Buffer.from_numpy(np.array(layer, np.uint32))]
-    operands = [value if isinstance(value, Buffer) else Buffer.from_numpy(value) for value in on_gpu]
-    moved = [value.to(Accelerator()) for value in (*operands, as_bfloat16(cache))]
-    results = [as_float32(result.to(CPU())) for result in model.execute(*moved[:-1], *on_cpu, moved[-1])]
-    for found, seen in zip(results, (1 << 20, window), strict=True):
-        want = np.empty(q.shape)
-        for request, (length, count) in enumerate(zip(lengths, new, strict=True)):
-            rows = np.concatenate(cache[pages[request], :, layer], axis=1).astype(np.float64)
+class Requests:
+    """Requests over a paged cache, in whose other places stands `elsewhere`, and their attention in float64."""
+
+    def __init__(self, rng: np.random.Generator, lengths: list[int], new: list[int], elsewhere: float) -> None:
+        self.lengths, self.new, self.layer = lengths, new, 1
+        pages_each = -(-max(length + count for length, count in zip(lengths, new, strict=True)) // PAGE_SIZE)
+        num_layers, num_pages = 2, len(new) * pages_each + 1
+        shape = (num_pages, 2, num_layers, PAGE_SIZE, KEY_HEADS, HEAD_DIM)
+        self.q = rounded(rng.standard_normal((sum(new), HEADS, HEAD_DIM), np.float32), DType.bfloat16)
+        self.cache = rounded(rng.standard_normal(shape, np.float32), DType.bfloat16)
+        self.pages = rng.permutation(num_pages)[: len(new) * pages_each].reshape(len(new), -1).astype(np.uint32)
+        self.offsets = np.cumsum([0, *new]).astype(np.uint32)
+        held = np.zeros((num_pages, PAGE_SIZE), bool)
+        for request, end in enumerate(np.add(lengths, new)):
+            places = np.arange(end)
+            held[self.pages[request, places // PAGE_SIZE], places % PAGE_SIZE] = True
+        self.cache[np.broadcast_to(~held[:, None, None, :, None, None], shape)] = elsewhere
+
+    def expected(self, window: int) -> Array:
+        want = np.empty(self.q.shape)
+        for request, (length, count) in enumerate(zip(self.lengths, self.new, strict=True)):
+            rows = np.concatenate(self.cache[self.pages[request], :, self.layer], axis=1).astype(np.float64)
             for i in range(count):
-                keys, values = rows[:, max(length + i + 1 - seen, 0) : length + i + 1]
+                keys, values = rows[:, max(length + i + 1 - window, 0) : length + i + 1]
                 for head in range(HEADS):
-                    kv, token = head // (HEADS // KEY_HEADS), offsets[request] + i
-                    scores = keys[:, kv] @ q[token, head] * HEAD_DIM**-0.5
+                    kv, token = head // (HEADS // KEY_HEADS), self.offsets[request] + i
+                    scores = keys[:, kv] @ self.q[token, head] * HEAD_DIM**-0.5
                     weights = np.exp(scores - scores.max())
                     want[token, head] = weights @ values[:, kv] / weights.sum()
-        np.testing.assert_allclose(found, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
+        return want
+
+    def operands(self) -> Operands:
+        """In the order of `attend_inputs`, the pages with the columns behind a row that MAX's kernel may read."""
+        pages = np.pad(self.pages, ((0, 0), (0, 16)))
+        longest = max(self.new)
+        host = [np.array([-1]), np.array(self.layer, np.uint32), np.array([longest], np.uint32)]
+        host += [np.array([max(self.lengths)], np.uint32), np.array([len(self.new), longest, 1, max(self.lengths)])]
+        lengths = np.array(self.lengths, np.uint32)
+        return [as_bfloat16(self.q), self.offsets, lengths, pages, *host, as_bfloat16(self.cache)]
+
+
+@pytest.fixture(scope="module")
+def attention_ops() -> Model:
+    """The plain attention and the one of a model, each over all keys and within a window."""
+    with Graph("gpu_attention", input_types=attend_inputs()) as graph:
+        plain = [attend(graph.inputs, window) for window in (0, WINDOW)]
+        graph.output(*plain, *(attention(graph.inputs, window) for window in (None, WINDOW)))
+    return InferenceSession(devices=[Accelerator()]).load(graph)
+
+
+WINDOW = 40
+ON_HOST = range(4, 9)
+MOST_OF_OURS = 32
+"""New tokens of a request that our kernel takes of `HEADS / KEY_HEADS` query heads a key head."""
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new"),
+    [
+        ([0], [1]),
+        ([200], [4]),
+        ([0, 5, 300, 63], [1, 6, 2, 4]),
+        ([4000, 0], [1, 1]),
+        ([100] * 70, [4] * 70),
+        ([64, 127, 1000], [20, 32, 1]),
+        ([0, 5, 300], [130, 1, 6]),
+    ],
+)
+def test_attention_equals_float64(
+    attention_ops: Model, rng: np.random.Generator, lengths: list[int], new: list[int]
+) -> None:
+    # MAX's kernel, which takes what has more tokens, multiplies by zero what lies behind the last key.
+    requests = Requests(rng, lengths, new, elsewhere=np.nan if max(new) <= MOST_OF_OURS else 1e30)
+    results = run_attention(attention_ops, requests)
+    for found, window in zip(results, (1 << 20, WINDOW) * 2, strict=True):
+        expected = requests.expected(window)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+    for first, second in zip(results, run_attention(attention_ops, requests), strict=True):
+        assert first.tobytes() == second.tobytes()
+
+
+def run_attention(model: Model, requests: Requests) -> list[Array]:
+    """Executes on freed memory full of NaN."""
+    operands = [value if isinstance(value, Buffer) else Buffer.from_numpy(value) for value in requests.operands()]
+    moved = [operand if i in ON_HOST else operand.to(Accelerator()) for i, operand in enumerate(operands)]
+    model.execute(as_bfloat16(np.full_like(requests.q, np.nan)).to(Accelerator()), *moved[1:])
+    return [as_float32(result.to(CPU())) for result in model.execute(*moved)]
 
 
 @pytest.fixture(scope="module")

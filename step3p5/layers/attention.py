@@ -81,10 +81,11 @@ class Attention(Module):
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q = kernels.qkv(q, k, v, self._norm(x.device), rope_table, input_row_offsets, kv_collection, cache_layer)
-        scale = config.head_dim**-0.5
+        scale, window = config.head_dim**-0.5, config.sliding_window
         if lacks_flash_attention(x.device):
-            window = config.sliding_window or 0
-            out = kernels.attend(q, input_row_offsets, kv_collection, cache_layer, window, scale)
+            out = kernels.attend(q, input_row_offsets, kv_collection, cache_layer, window or 0, scale)
+        elif x.device.is_gpu():
+            out = kernels.attention(q, input_row_offsets, kv_collection, cache_layer, window, scale)
         else:
             out = flash_attention_ragged(
                 self.kv_params,
@@ -94,7 +95,7 @@ class Attention(Module):
                 cache_layer,
                 self.mask,
                 scale=scale,
-                local_window_size=config.sliding_window or -1,
+                local_window_size=window or -1,
             )
         if gate is not None:
             return self.o_proj(kernels.head_gate(out, gate))

@@ -1,0 +1,132 @@
+"""Checks and times attention over the paged cache on one NVIDIA GPU, for few new tokens a request: ours beside MAX's.
+
+    python benchmarks/attention.py compile DIR    cross-compiles for sm_90a, on a machine without a GPU
+    python benchmarks/attention.py run DIR        on the GPU's machine, which needs PyTorch
+
+`run` checks both against PyTorch in float32 (what lies behind the requests' tokens in the cache is NaN) and measures
+replays of a captured graph of launches, each on other queries and keys, against the bytes of keys and values that must
+be read over the measured copy rate. Sizes are Step-3.5-Flash's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if "compile" in sys.argv[1:2]:
+    from max.driver import set_virtual_device_api, set_virtual_device_count, set_virtual_device_target_arch
+
+    set_virtual_device_api("cuda")
+    set_virtual_device_target_arch("sm_90a")
+    set_virtual_device_count(1)
+
+from max.driver import Accelerator
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, ops
+from max.nn.attention import MHAMaskVariant
+from max.nn.kernels import flash_attention_ragged
+from max.nn.kv_cache import PagedCacheValues
+from max.nn.kv_cache.cache_params import MHAKVCacheParams
+from moe_graphs import LAUNCHES
+
+from step3p5 import kernels
+
+GPU, HOST = DeviceRef.GPU(), DeviceRef.CPU()
+BF16, U32, I64 = DType.bfloat16, DType.uint32, DType.int64
+
+HEAD_DIM, KEY_HEADS, PAGE_SIZE = 128, 8, 128
+
+SHAPES = {"full": (64, None), "sliding": (96, 512)}
+"""Query heads and window of the two kinds of layer."""
+
+Attend = Callable[[TensorValue, TensorValue, PagedCacheValues, TensorValue, int | None], TensorValue]
+
+
+def ours(
+    q: TensorValue, offsets: TensorValue, cache: PagedCacheValues, layer: TensorValue, window: int | None
+) -> TensorValue:
+    return kernels.attention(q, offsets, cache, layer, window, HEAD_DIM**-0.5)
+
+
+def of_max(
+    q: TensorValue, offsets: TensorValue, cache: PagedCacheValues, layer: TensorValue, window: int | None
+) -> TensorValue:
+    params = MHAKVCacheParams(
+        dtype=BF16, n_kv_heads=KEY_HEADS, head_dim=HEAD_DIM, num_layers=LAUNCHES, page_size=PAGE_SIZE, devices=[GPU]
+    )
+    mask = MHAMaskVariant.CAUSAL_MASK if window is None else MHAMaskVariant.SLIDING_WINDOW_CAUSAL_MASK
+    return flash_attention_ragged(
+        params, q, offsets, cache, layer, mask, scale=HEAD_DIM**-0.5, local_window_size=window or -1
+    )
+
+
+PATHS: dict[str, Attend] = {"ours": ours, "max": of_max}
+
+
+def attention_graph(path: str, kind: str) -> Graph:
+    """(offsets, cache, stride, lengths, lookup, most tokens, most cached, dispatch; queries a launch) -> results."""
+    heads, window = SHAPES[kind]
+    types: list[TensorType | BufferType] = [
+        TensorType(U32, ("R1",), GPU),
+        BufferType(BF16, ("P", 2, LAUNCHES, PAGE_SIZE, KEY_HEADS, HEAD_DIM), GPU),
+        TensorType(I64, (1,), HOST),
+        TensorType(U32, ("R",), GPU),
+        TensorType(U32, ("R", "pages"), GPU),
+        TensorType(U32, (1,), HOST),
+        TensorType(U32, (1,), HOST),
+        TensorType(I64, (4,), HOST),
+        *LAUNCHES * [TensorType(BF16, ("T", heads, HEAD_DIM), GPU)],
+    ]
+    with Graph(f"attention_{path}_{kind}", input_types=types) as graph:
+        offsets = graph.inputs[0].tensor
+        stride, lengths, lookup, most_tokens, most_cached, dispatch = (value.tensor for value in graph.inputs[2:8])
+        cache = PagedCacheValues(
+            kv_blocks=graph.inputs[1].buffer,
+            cache_lengths=lengths,
+            lookup_table=lookup,
+            max_prompt_length=most_tokens,
+            max_cache_length=most_cached,
+            page_stride=stride,
+            attention_dispatch_metadata=dispatch,
+        )
+        results = []
+        for i, q in enumerate(graph.inputs[8:]):
+            layer = ops.constant(i, U32, device=HOST)
+            results.append(PATHS[path](q.tensor, offsets, cache, layer, window))
+        graph.output(*results)
+    return graph
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    compiling = commands.add_parser("compile", help="cross-compile for sm_90a")
+    compiling.add_argument("folder", type=Path, metavar="DIR")
+    compiling.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
+    running = commands.add_parser("run", help="check and measure on this machine's GPU")
+    running.add_argument("folder", type=Path, metavar="DIR")
+    running.add_argument("--json", type=Path, default=Path(__file__).resolve().parent / "results" / "attention.json")
+    args = parser.parse_args()
+    if args.command == "run":
+        import attention_run
+
+        attention_run.run(args.folder, args.json)
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    session = InferenceSession(devices=[Accelerator()])
+    for path in args.paths:
+        for kind in SHAPES:
+            file = args.folder / f"{path}-{kind}.mef"
+            session.compile(attention_graph(path, kind)).export_mef(file)
+            print(file, flush=True)
+    os._exit(0)  # with virtual devices, MAX's threads can abort the interpreter's ordinary exit
+
+
+if __name__ == "__main__":
+    main()
