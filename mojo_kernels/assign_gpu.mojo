@@ -1,7 +1,18 @@
 """Routing and grouping on a GPU: one block does both for few tokens, where starting two kernels takes longer than running them.
+
+What takes time with few tokens is waiting: for memory, for the instructions themselves, for one operation after the other.
+So every thread scores an expert, a warp then chooses from shared memory, and all of it runs once in vain beforehand.
 """
 
-from max.gpu import WARP_SIZE, barrier, lane_id, thread_idx, warp_id
+from max.gpu import (
+    MAX_THREADS_PER_BLOCK_METADATA,
+    WARP_SIZE,
+    barrier,
+    block_dim,
+    lane_id,
+    thread_idx,
+    warp_id,
+)
 from max.gpu.host import DeviceContext
 from max.gpu.primitives import warp
 from max.gpu.primitives.grid_controls import (
@@ -10,21 +21,193 @@ from max.gpu.primitives.grid_controls import (
     pdl_launch_attributes,
     wait_on_dependent_grids,
 )
+from max.gpu.sync import syncwarp
+from std.bit import count_trailing_zeros
+from std.math import ceildiv
 from std.memory import unsafe_stack_allocation
+from std.sys import is_nvidia_gpu
+from std.sys._assembly import inlined_assembly
+from std.utils.static_tuple import StaticTuple
 
 from .group_gpu import SharedIds, group_gpu
 from .operands import Floats, Ids
-from .route_gpu import route_gpu, warp_best
+from .route_gpu import route_gpu
 from .score import order_key, sigmoid
 
-comptime WARPS = 16
+comptime MAX_THREADS = 1024
 
 comptime MAX_ASSIGNMENTS = 512
 """Assignments that the block holds in shared memory and ranks by comparing each with all."""
 
 comptime MAX_EXPERTS_A_LANE = 16
 
+comptime SCORES = 4608
+"""Scores that the block holds in shared memory at a time: those of 16 tokens with 288 experts."""
 
+comptime TURNS = 2
+"""Times that the kernel runs through. All but the last only bring its instructions, while the kernel before still runs."""
+
+comptime SharedFloats = Pointer[
+    Float32, MutUntrackedOrigin, address_space=AddressSpace.SHARED
+]
+
+
+@always_inline
+def first_lane_with_most(key: Int32) -> Int:
+    """The lowest of the lanes whose key is the largest."""
+    comptime if is_nvidia_gpu():
+        var largest = inlined_assembly[
+            "redux.sync.max.s32 $0, $1, 0xffffffff;",
+            Int32,
+            constraints="=r,r",
+            has_side_effect=True,
+        ](key)
+        return Int(
+            count_trailing_zeros(warp.vote[DType.uint32](key == largest))
+        )
+    else:
+        var largest = key
+        var distance = WARP_SIZE // 2
+        while distance > 0:
+            largest = max(largest, warp.shuffle_xor(largest, UInt32(distance)))
+            distance //= 2
+        return Int(
+            count_trailing_zeros(warp.vote[DType.uint64](key == largest))
+        )
+
+
+@always_inline
+def score_experts(
+    scores: SharedFloats,
+    keys: SharedIds,
+    logits: Floats,
+    bias: Floats,
+    size: Int,
+    experts: Int,
+    real: Bool,
+):
+    """All threads score `size` logits of whole tokens; a thread requests its next logit before it looks at one.
+
+    Args:
+        scores: Results.
+        keys: What orders them, see `order_key`.
+        logits: The logits `[size]`.
+        bias: What the choice adds to an expert's score `[experts]`.
+        size: Number of logits.
+        experts: Number of experts.
+        real: Otherwise memory is not looked at.
+    """
+    var next = Int(thread_idx.x)
+    var next_logit = Float32(0)
+    var next_bias = Float32(0)
+    if real and next < size:
+        next_logit = logits[unsafe_offset=next]
+        next_bias = bias[unsafe_offset=Int(UInt32(next) % UInt32(experts))]
+    while next < size:
+        var i = next
+        var logit = next_logit
+        var added = next_bias
+        next += Int(block_dim.x)
+        if real and next < size:
+            next_logit = logits[unsafe_offset=next]
+            next_bias = bias[unsafe_offset=Int(UInt32(next) % UInt32(experts))]
+        var score = sigmoid(logit)
+        scores[unsafe_offset=i] = score
+        keys[unsafe_offset=i] = order_key(score + added)
+
+
+@always_inline
+def choose_experts[
+    experts_a_lane: Int
+](chosen: SharedIds, keys: SharedIds, experts: Int, top_k: Int):
+    """A warp chooses a token's experts; each lane holds the keys of neighbouring ones.
+
+    Parameters:
+        experts_a_lane: At least `experts / WARP_SIZE`.
+
+    Args:
+        chosen: Result `[top_k]`; equal keys choose the lower expert first.
+        keys: What orders the experts `[experts]`.
+        experts: Number of experts.
+        top_k: How many of them to choose.
+    """
+    var first = Int(lane_id()) * experts_a_lane
+    var own = Array[Int32, experts_a_lane](fill=Int32.MIN)
+    comptime for j in range(experts_a_lane):
+        if first + j < experts:
+            own[j] = keys[unsafe_offset=first + j]
+    for k in range(top_k):
+        var most = own[0]
+        comptime for j in range(1, experts_a_lane):
+            most = max(most, own[j])
+        var place = 0
+        comptime for j in reversed(range(experts_a_lane)):
+            if own[j] == most:
+                place = j
+        if Int(lane_id()) == first_lane_with_most(most):
+            chosen[unsafe_offset=k] = Int32(first + place)
+            comptime for j in range(experts_a_lane):
+                if place == j:
+                    own[j] = Int32.MIN
+
+
+@always_inline
+def sum_in_order(value: Float32, count: Int) -> Float32:
+    """The sum of the lower `count` lanes' values in the order of the lanes; those above hold zero.
+    """
+    comptime TOGETHER = 8
+    var total = Float32(0)
+    for first in range(0, count, TOGETHER):
+        comptime for i in range(TOGETHER):
+            total += warp.shuffle_idx(value, UInt32(first + i))
+    return total
+
+
+@always_inline
+def group_chosen(
+    rows: Ids,
+    offsets: Ids,
+    chosen: SharedIds,
+    count: Int,
+    experts: Int,
+    real: Bool,
+):
+    """All threads of the block rank the choices by comparing each with all.
+
+    Args:
+        rows: Assignments grouped by expert, ascending within each `[count]`.
+        offsets: First assignment of every expert in `rows`, and the end `[experts + 1]`.
+        chosen: Experts of all assignments, and higher numbers behind them up to a multiple of four.
+        count: Number of assignments.
+        experts: Number of experts.
+        real: Otherwise nothing is stored.
+    """
+    for i in range(Int(thread_idx.x), count + experts + 1, Int(block_dim.x)):
+        var expert = Int32(i - count)
+        var equals = 0
+        if i < count:
+            expert = chosen[unsafe_offset=i]
+            equals = i
+        var before = 0
+        for b in range(0, count, 4):
+            var others = chosen.unsafe_offset(b).unsafe_load[
+                width=4, alignment=16
+            ]()
+            comptime for j in range(4):
+                before += Int(
+                    others[j] < expert
+                    or (others[j] == expert and b + j < equals)
+                )
+        if real:
+            if i < count:
+                rows[unsafe_offset=before] = Int32(i)
+            else:
+                offsets[unsafe_offset=i - count] = Int32(before)
+
+
+@__llvm_metadata(
+    MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](MAX_THREADS)
+)
 def assign_kernel[
     normalize: Bool, experts_a_lane: Int
 ](
@@ -38,69 +221,74 @@ def assign_kernel[
     experts: Int32,
     top_k: Int32,
     scale: Float32,
+    turns: Int32,
 ):
-    """A warp routes a token with its scores in registers, lane `e % WARP_SIZE` those of expert `e`; then all threads rank the choices.
+    """All threads score the experts of some tokens, a warp a token chooses; at the end all threads group.
+
+    Before the last turn one token without logits goes the same way, to no result.
 
     Parameters:
         normalize: See `step3p5_moe_assign`.
         experts_a_lane: At least `experts / WARP_SIZE`.
     """
+    comptime TOGETHER = SCORES // (experts_a_lane * WARP_SIZE)
     var chosen: SharedIds = unsafe_stack_allocation[
-        MAX_ASSIGNMENTS, Int32, address_space=AddressSpace.SHARED
+        MAX_ASSIGNMENTS + 4,
+        Int32,
+        alignment=16,
+        address_space=AddressSpace.SHARED,
+    ]()
+    var scores: SharedFloats = unsafe_stack_allocation[
+        SCORES, Float32, address_space=AddressSpace.SHARED
+    ]()
+    var keys: SharedIds = unsafe_stack_allocation[
+        SCORES, Int32, address_space=AddressSpace.SHARED
     ]()
     var lane = Int(lane_id())
-    wait_on_dependent_grids()
-    launch_dependent_grids()
-    for token in range(Int(warp_id()), Int(tokens), WARPS):
-        var scores = Array[Float32, experts_a_lane](fill=0)
-        var keys = Array[Int32, experts_a_lane](fill=Int32.MIN)
-        comptime for j in range(experts_a_lane):
-            var e = lane + j * WARP_SIZE
-            if e < Int(experts):
-                scores[j] = sigmoid(
-                    logits[unsafe_offset=token * Int(experts) + e]
+    var all = Int(experts)
+    var each = Int(top_k)
+    for turn in range(Int(turns)):
+        var real = turn == Int(turns) - 1
+        var end = Int(tokens) if real else min(Int(tokens), 1)
+        if real:
+            wait_on_dependent_grids()
+            launch_dependent_grids()
+        for first in range(0, end, TOGETHER):
+            var size = min(end - first, TOGETHER)
+            barrier()
+            score_experts(
+                scores,
+                keys,
+                logits.unsafe_offset(first * all),
+                bias,
+                size * all,
+                all,
+                real,
+            )
+            barrier()
+            for t in range(Int(warp_id()), size, Int(block_dim.x) // WARP_SIZE):
+                var to = (first + t) * each
+                choose_experts[experts_a_lane](
+                    chosen.unsafe_offset(to),
+                    keys.unsafe_offset(t * all),
+                    all,
+                    each,
                 )
-                keys[j] = order_key(scores[j] + bias[unsafe_offset=e])
-        var total = Float32(0)
-        var kept = Float32(0)
-        for k in range(Int(top_k)):
-            var key = Int32.MIN
-            var index = Int32.MAX
-            comptime for j in range(experts_a_lane):
-                if keys[j] > key:
-                    key = keys[j]
-                    index = Int32(lane + j * WARP_SIZE)
-            var best = Int(warp_best(key, index))
-            var score = Float32(0)
-            comptime for j in range(experts_a_lane):
-                if best == lane + j * WARP_SIZE:
-                    score = scores[j]
-                    keys[j] = Int32.MIN
-            score = warp.shuffle_idx(score, UInt32(best % WARP_SIZE))
-            total += score
-            if lane == k:
-                kept = score
-                chosen[unsafe_offset=token * Int(top_k) + k] = Int32(best)
-                ids[unsafe_offset=token * Int(top_k) + k] = Int32(best)
-        if lane < Int(top_k):
-            comptime if normalize:
-                kept /= total + 1e-20
-            weights[unsafe_offset=token * Int(top_k) + lane] = kept * scale
-    barrier()
-    var count = Int(tokens * top_k)
-    comptime threads = WARPS * WARP_SIZE
-    for a in range(Int(thread_idx.x), count, threads):
-        var expert = chosen[unsafe_offset=a]
-        var place = 0
-        for b in range(count):
-            var other = chosen[unsafe_offset=b]
-            place += Int(other < expert or (other == expert and b < a))
-        rows[unsafe_offset=place] = Int32(a)
-    for e in range(Int(thread_idx.x), Int(experts) + 1, threads):
-        var before = 0
-        for b in range(count):
-            before += Int(chosen[unsafe_offset=b] < Int32(e))
-        offsets[unsafe_offset=e] = Int32(before)
+                syncwarp()
+                var expert = Int32(0)
+                var weight = Float32(0)
+                if lane < each:
+                    expert = chosen[unsafe_offset=to + lane]
+                    weight = scores[unsafe_offset=t * all + Int(expert)]
+                comptime if normalize:
+                    weight /= sum_in_order(weight, each) + 1e-20
+                if real and lane < each:
+                    ids[unsafe_offset=to + lane] = expert
+                    weights[unsafe_offset=to + lane] = weight * scale
+        if thread_idx.x < 4:
+            chosen[unsafe_offset=end * each + Int(thread_idx.x)] = Int32.MAX
+        barrier()
+        group_chosen(rows, offsets, chosen, end * each, all, real)
 
 
 def assign_gpu[
@@ -121,6 +309,8 @@ def assign_gpu[
     """Enqueues `assign_kernel`, or the kernels of routing and grouping for more than it takes.
     """
 
+    var threads = min(tokens * experts + top_k + 1, MAX_THREADS)
+
     def enqueue[experts_a_lane: Int]() raises {imm}:
         comptime kernel = assign_kernel[normalize, experts_a_lane]
         ctx.enqueue_function[kernel](
@@ -134,8 +324,9 @@ def assign_gpu[
             Int32(experts),
             Int32(top_k),
             scale,
+            Int32(TURNS),
             grid_dim=1,
-            block_dim=WARPS * WARP_SIZE,
+            block_dim=ceildiv(threads, WARP_SIZE) * WARP_SIZE,
             attributes=pdl_launch_attributes(PDLLevel.ON),
         )
 
