@@ -94,7 +94,7 @@ def rope(x: TensorValue, row_offsets: TensorValue, cache_lengths: TensorValue) -
 
 
 def attend_inputs() -> list[TensorType | BufferType]:
-    """Queries, offsets, lengths, pages; on the host stride, layer, most tokens, most cached, dispatch; then the cache."""
+    """Queries, offsets, lengths, pages; on the host stride, layer, most tokens, most cached, dispatch; the cache."""
     return [
         TensorType(DType.bfloat16, ("attend_T", HEADS, HEAD_DIM), GPU),
         TensorType(DType.uint32, ("attend_R1",), GPU),
