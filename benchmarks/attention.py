@@ -25,6 +25,10 @@ if "compile" in sys.argv[1:2]:
     set_virtual_device_target_arch("sm_90a")
     set_virtual_device_count(1)
 
+if "run" in sys.argv[1:2]:
+    # PyTorch has the other half.
+    os.environ.setdefault("MODULAR_DEVICE_CONTEXT_MEMORY_MANAGER_SIZE_PERCENT", "45")
+
 from max.driver import Accelerator
 from max.dtype import DType
 from max.engine import InferenceSession

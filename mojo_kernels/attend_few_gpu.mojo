@@ -2,38 +2,32 @@
 
 A request's new tokens and the query heads that share a key head are rows of one matrix: a block reads that head's keys
 and values once for all of them. Where requests are few, each one's keys are cut into parts that blocks take side by side,
-and `attend_merge_gpu.mojo` joins their results. A row of scores is softmaxed as its keys come, with the largest score so
-far: `m' = max(m, s)`, `l' = l 2^(m - m') + Σ 2^(s - m')`, and the sums of values likewise (Milakov and Gimelshein 2018).
+and `attend_merge_gpu.mojo` joins their results.
 """
 
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, WARP_SIZE, barrier
 from max.gpu import block_idx, lane_id, warp_id
 from max.gpu.host import DeviceContext, FuncAttribute
-from max.gpu.primitives import warp
 from max.gpu.primitives.grid_controls import (
     PDLLevel,
     launch_dependent_grids,
     pdl_launch_attributes,
     wait_on_dependent_grids,
 )
-from std.math import ceildiv, exp2
-from std.memory import bitcast
-from std.utils.numerics import neg_inf
+from std.math import ceildiv
 from std.utils.static_tuple import StaticTuple
 
-from .attend_gpu import Queries
 from .attend_merge_gpu import Parts, launch_merge
-from .key_tiles_gpu import (
-    HEAD_DIM,
-    KEYS,
-    KeyRange,
-    KeyTiles,
-    SharedTile,
-    chunk_offset,
-    load_matrices,
+from .attend_rows_gpu import (
+    BFloatQueries,
+    RowPair,
+    join_groups,
+    of_quad,
+    row_of,
+    store_nothing,
+    store_rows,
 )
-from .operands import Elements
-from .stream_gpu import TileSums, multiply_add
+from .key_tiles_gpu import HEAD_DIM, KEYS, KeyRange, KeyTiles
 
 comptime ROWS = 16
 """Rows of a warp: lane `l` has elements of rows `l / 4` and `l / 4 + 8`."""
@@ -51,285 +45,6 @@ comptime BLOCKS = 1056
 """Keys are cut into as many parts as make about so many blocks: four times what runs at a time."""
 
 comptime LOG2_E = Float32(1.4426950408889634)
-
-comptime BFloatQueries = Queries[DType.bfloat16]
-
-
-@fieldwise_init
-struct Row(ImplicitlyCopyable):
-    """One query: a head of a token."""
-
-    var token: Int
-    """In the ragged batch."""
-    var head: Int
-    var first: Int
-    """The first key that it sees."""
-    var position: Int
-    """The last, which is its own."""
-    var exists: Bool
-
-    @always_inline
-    def sees(self, position: Int) -> Bool:
-        return position >= self.first and position <= self.position
-
-
-@always_inline
-def row_of(
-    queries: BFloatQueries, request: Int, key_head: Int, index: Int
-) -> Row:
-    """The block's row `index`; one behind the last sees no key."""
-    var group = queries.heads // queries.key_heads
-    var begin = Int(queries.row_offsets[unsafe_offset=request])
-    var tokens = Int(queries.row_offsets[unsafe_offset=request + 1]) - begin
-    var token = Int(UInt32(index) // UInt32(group))
-    var position = Int(queries.cache_lengths[unsafe_offset=request]) + token
-    var first = 0
-    if queries.window > 0:
-        first = max(position - queries.window + 1, 0)
-    if token >= tokens:
-        return Row(0, 0, 1, 0, False)
-    return Row(
-        begin + token,
-        key_head * group + index - token * group,
-        first,
-        position,
-        True,
-    )
-
-
-struct RowPair(Movable):
-    """A lane's two rows, their queries as left operands of `mma`, and their softmax so far.
-    """
-
-    var low: Row
-    var high: Row
-    var q: Array[SIMD[DType.uint32, 4], HEAD_DIM // 16]
-    var sums: Array[TileSums, HEAD_DIM // 8]
-    """Weighted values: elements 0, 1 of the low row, 2, 3 of the high one, of columns `8 n + 2 (lane % 4)` and the next."""
-    var largest: SIMD[DType.float32, 2]
-    """The largest score of each row so far, times log2 e."""
-    var total: SIMD[DType.float32, 2]
-    """The lane's part of the sum of weights."""
-
-    @always_inline
-    def __init__(out self, queries: BFloatQueries, low: Row, high: Row):
-        self.low = low
-        self.high = high
-        self.q = Array[SIMD[DType.uint32, 4], HEAD_DIM // 16](fill=0)
-        self.sums = Array[TileSums, HEAD_DIM // 8](fill=0)
-        self.largest = neg_inf[DType.float32]()
-        self.total = 0
-        comptime for half in range(2):
-            var row = low if half == 0 else high
-            if row.exists:
-                var source = queries.q.unsafe_offset(
-                    (row.token * queries.heads + row.head) * HEAD_DIM
-                    + Int(lane_id()) % 4 * 2
-                )
-                comptime for k in range(HEAD_DIM // 16):
-                    comptime for part in range(2):
-                        self.q[k][half + 2 * part] = pair(
-                            source.unsafe_offset(16 * k + 8 * part)
-                        )
-
-    @always_inline
-    def attend[
-        COUNT: Int
-    ](
-        mut self,
-        keys: SharedTile,
-        values: SharedTile,
-        first: Int,
-        position: Int,
-        scale: Float32,
-    ):
-        """Takes `COUNT` keys of a tile, from its row `first` on; that row's key is at `position`.
-        """
-        var lane = Int(lane_id())
-        var scores = Array[TileSums, COUNT // 8](fill=0)
-        comptime for n in range(COUNT // 8):
-            # Matrices of eight keys: four chunks of 8 columns behind one another.
-            var key = first + 8 * n + lane % 8
-            comptime for k in range(0, HEAD_DIM // 16, 2):
-                var b = load_matrices[False](
-                    keys.unsafe_offset(chunk_offset(key, 2 * k + lane // 8))
-                )
-                scores[n] = multiply_add_words(self.q[k], b[0], b[1], scores[n])
-                scores[n] = multiply_add_words(
-                    self.q[k + 1], b[2], b[3], scores[n]
-                )
-        var now = self.largest
-        comptime for n in range(COUNT // 8):
-            comptime for i in range(2):
-                var at = position + 8 * n + lane % 4 * 2 + i
-                scores[n][i] = (
-                    scores[n][i]
-                    * scale if self.low.sees(at) else neg_inf[DType.float32]()
-                )
-                scores[n][2 + i] = (
-                    scores[n][2 + i]
-                    * scale if self.high.sees(at) else neg_inf[DType.float32]()
-                )
-                now[0] = max(now[0], scores[n][i])
-                now[1] = max(now[1], scores[n][2 + i])
-        now = of_quad[largest=True](now)
-        # A row that has seen no key yet: nothing to subtract.
-        var base = now.eq(neg_inf[DType.float32]()).select(
-            SIMD[DType.float32, 2](0), now
-        )
-        var shrink = exp2(self.largest - base)
-        self.largest = now
-        self.total *= shrink
-        comptime for n in range(HEAD_DIM // 8):
-            self.sums[n] *= TileSums(shrink[0], shrink[0], shrink[1], shrink[1])
-        comptime for n in range(COUNT // 8):
-            scores[n] = exp2(
-                scores[n] - TileSums(base[0], base[0], base[1], base[1])
-            )
-            self.total[0] += scores[n][0] + scores[n][1]
-            self.total[1] += scores[n][2] + scores[n][3]
-        comptime for k in range(COUNT // 16):
-            var weights = SIMD[DType.uint32, 4](
-                packed(scores[2 * k].slice[2]()),
-                packed(scores[2 * k].slice[2, offset=2]()),
-                packed(scores[2 * k + 1].slice[2]()),
-                packed(scores[2 * k + 1].slice[2, offset=2]()),
-            )
-            var key = first + 16 * k + lane % 16
-            comptime for n in range(0, HEAD_DIM // 8, 2):
-                var b = load_matrices[True](
-                    values.unsafe_offset(chunk_offset(key, n + lane // 16))
-                )
-                self.sums[n] = multiply_add_words(
-                    weights, b[0], b[1], self.sums[n]
-                )
-                self.sums[n + 1] = multiply_add_words(
-                    weights, b[2], b[3], self.sums[n + 1]
-                )
-
-
-@always_inline
-def multiply_add_words(
-    a: SIMD[DType.uint32, 4], b0: UInt32, b1: UInt32, sums: TileSums
-) -> TileSums:
-    """Adds the product of a 16 x 16 matrix and a 16 x 8 one; `a` in the order of `mma`.
-    """
-    return multiply_add(
-        SIMD[DType.uint32, 2](a[0], a[2]),
-        SIMD[DType.uint32, 2](a[1], a[3]),
-        SIMD[DType.uint32, 2](b0, b1),
-        sums,
-    )
-
-
-@always_inline
-def pair(source: Elements[DType.bfloat16]) -> UInt32:
-    """Two neighbouring elements."""
-    return bitcast[DType.uint32, 1](source.unsafe_load[width=2, alignment=4]())
-
-
-@always_inline
-def packed(values: SIMD[DType.float32, 2]) -> UInt32:
-    return bitcast[DType.uint32, 1](values.cast[DType.bfloat16]())
-
-
-@always_inline
-def of_quad[
-    *, largest: Bool
-](values: SIMD[DType.float32, 2]) -> SIMD[DType.float32, 2]:
-    """The largest value, or the sum, of the four lanes that share rows."""
-    var all = values
-    comptime for distance in [1, 2]:
-        comptime for i in range(2):
-            var other = warp.shuffle_xor(all[i], UInt32(distance))
-            comptime if largest:
-                all[i] = max(all[i], other)
-            else:
-                all[i] += other
-    return all
-
-
-@always_inline
-def join_groups[
-    ROW_TILES: Int, GROUPS: Int
-](mut rows: RowPair, shared: SharedTile, row_tile: Int, group: Int):
-    """The warps that took other keys of the same rows hand their sums to the first of them, which joins them in order.
-    """
-    comptime VALUES = 4 * (HEAD_DIM // 8) + 4
-    var floats = shared.unsafe_bitcast[Float32]()
-    barrier()
-    if group > 0:
-        var to = floats.unsafe_offset(
-            ((group - 1) * ROW_TILES + row_tile) * VALUES * WARP_SIZE
-            + Int(lane_id()) * 4
-        )
-        comptime for n in range(HEAD_DIM // 8):
-            to.unsafe_offset(n * 4 * WARP_SIZE).unsafe_store[alignment=16](
-                rows.sums[n]
-            )
-        to.unsafe_offset((VALUES - 4) * WARP_SIZE).unsafe_store[alignment=16](
-            rows.largest.join(rows.total)
-        )
-    barrier()
-    if group > 0:
-        return
-    comptime for other in range(GROUPS - 1):
-        var source = floats.unsafe_offset(
-            (other * ROW_TILES + row_tile) * VALUES * WARP_SIZE
-            + Int(lane_id()) * 4
-        )
-        var softmax = source.unsafe_offset(
-            (VALUES - 4) * WARP_SIZE
-        ).unsafe_load[width=4, alignment=16]()
-        var largest = softmax.slice[2]()
-        var now = max(rows.largest, largest)
-        var base = now.eq(neg_inf[DType.float32]()).select(
-            SIMD[DType.float32, 2](0), now
-        )
-        var mine = exp2(rows.largest - base)
-        var theirs = exp2(largest - base)
-        rows.largest = now
-        rows.total = rows.total * mine + softmax.slice[2, offset=2]() * theirs
-        var mine4 = TileSums(mine[0], mine[0], mine[1], mine[1])
-        var theirs4 = TileSums(theirs[0], theirs[0], theirs[1], theirs[1])
-        comptime for n in range(HEAD_DIM // 8):
-            rows.sums[n] = (
-                rows.sums[n] * mine4
-                + source.unsafe_offset(n * 4 * WARP_SIZE).unsafe_load[
-                    width=4, alignment=16
-                ]()
-                * theirs4
-            )
-
-
-@always_inline
-def store_rows(queries: BFloatQueries, parts: Parts, part: Int, rows: RowPair):
-    """The result, or that of a part where there are several; `rows.total` is the whole row's.
-    """
-    comptime for half in range(2):
-        var row = rows.low if half == 0 else rows.high
-        if row.exists:
-            var query = row.token * queries.heads + row.head
-            var column = Int(lane_id()) % 4 * 2
-            if parts.count == 1:
-                var to = queries.result.unsafe_offset(query * HEAD_DIM + column)
-                comptime for n in range(HEAD_DIM // 8):
-                    var values = rows.sums[n].slice[2, offset=2 * half]()
-                    to.unsafe_offset(8 * n).unsafe_store[alignment=4](
-                        (values / rows.total[half]).cast[DType.bfloat16]()
-                    )
-            else:
-                var to = parts.sums_of(part, query).unsafe_offset(column)
-                comptime for n in range(HEAD_DIM // 8):
-                    to.unsafe_offset(8 * n).unsafe_store[alignment=8](
-                        rows.sums[n].slice[2, offset=2 * half]()
-                    )
-                if column == 0:
-                    parts.softmax_of(part, query).unsafe_store[alignment=8](
-                        SIMD[DType.float32, 2](
-                            rows.largest[half], rows.total[half]
-                        )
-                    )
 
 
 @__llvm_metadata(
@@ -355,11 +70,8 @@ def attend_few_kernel[
     var index = row_tile * ROWS + Int(lane_id()) // 4
     wait_on_dependent_grids()
     launch_dependent_grids()
-    var rows = RowPair(
-        queries,
-        row_of(queries, request, key_head, index),
-        row_of(queries, request, key_head, index + 8),
-    )
+    var low = row_of(queries, request, key_head, index)
+    var high = row_of(queries, request, key_head, index + 8)
     var length = Int(queries.cache_lengths[unsafe_offset=request])
     var begin = 0
     if queries.window > 0:
@@ -375,10 +87,16 @@ def attend_few_kernel[
     var each = ceildiv(ceildiv(end, KEYS) - first, parts.count)
     first += part * each
     var count = max(min(first + each, ceildiv(end, KEYS)) - first, 0)
+    if count == 0:
+        if group == 0 and parts.count > 1:
+            store_nothing(queries, parts, part, low)
+            store_nothing(queries, parts, part, high)
+        return
     comptime for ahead in range(STAGES - 1):
         if ahead < count:
             tiles.copy(keys, ahead, (first + ahead) * KEYS)
         tiles.commit()
+    var rows = RowPair(queries, low, high)
     var scale = queries.scale * LOG2_E
     for tile in range(count):
         tiles.wait()
