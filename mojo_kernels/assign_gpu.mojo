@@ -22,7 +22,6 @@ from max.gpu.primitives.grid_controls import (
     wait_on_dependent_grids,
 )
 from max.gpu.sync import syncwarp
-from std.bit import count_trailing_zeros
 from std.math import ceildiv
 from std.memory import unsafe_stack_allocation
 from std.sys import is_nvidia_gpu
@@ -53,8 +52,9 @@ comptime SharedFloats = Pointer[
 
 
 @always_inline
-def first_lane_with_most(key: Int32) -> Int:
-    """The lowest of the lanes whose key is the largest."""
+def is_first_with_most(key: Int32) -> Bool:
+    """Whether the calling lane's key is the largest, and no lower lane's is as large.
+    """
     comptime if is_nvidia_gpu():
         var largest = inlined_assembly[
             "redux.sync.max.s32 $0, $1, 0xffffffff;",
@@ -62,18 +62,55 @@ def first_lane_with_most(key: Int32) -> Int:
             constraints="=r,r",
             has_side_effect=True,
         ](key)
-        return Int(
-            count_trailing_zeros(warp.vote[DType.uint32](key == largest))
-        )
+        var lanes = warp.vote[DType.uint32](key == largest)
+        var lower = (UInt32(1) << UInt32(lane_id())) - 1
+        return key == largest and lanes & lower == 0
     else:
         var largest = key
         var distance = WARP_SIZE // 2
         while distance > 0:
             largest = max(largest, warp.shuffle_xor(largest, UInt32(distance)))
             distance //= 2
-        return Int(
-            count_trailing_zeros(warp.vote[DType.uint64](key == largest))
-        )
+        var lanes = warp.vote[DType.uint64](key == largest)
+        var lower = (UInt64(1) << UInt64(lane_id())) - 1
+        return key == largest and lanes & lower == 0
+
+
+@always_inline
+def bring(bias: Floats, experts: Int):
+    """Asks the cache that all multiprocessors share for what a choice adds; no value is looked at.
+    """
+    comptime if is_nvidia_gpu():
+        if Int(thread_idx.x) < experts:
+            inlined_assembly[
+                "prefetch.global.L2 [$0];",
+                NoneType,
+                constraints="l,~{memory}",
+            ](Int(bias.unsafe_offset(Int(thread_idx.x))))
+
+
+@fieldwise_init
+struct Share(ImplicitlyCopyable):
+    """The experts whose scores are a thread's: those of logits `thread`, `thread + threads`, ... of tokens in a row.
+    """
+
+    var first: UInt32
+    """Expert of the first logit."""
+    var step: UInt32
+    """From one logit to the next, modulo `experts`."""
+    var experts: UInt32
+
+    @always_inline
+    def __init__(out self, experts: Int):
+        self.experts = UInt32(experts)
+        self.first = UInt32(thread_idx.x) % max(self.experts, 1)
+        self.step = UInt32(block_dim.x) % max(self.experts, 1)
+
+    @always_inline
+    def behind(self, expert: UInt32) -> UInt32:
+        """The expert of the logit behind that of `expert`."""
+        var sum = expert + self.step
+        return sum - self.experts if sum >= self.experts else sum
 
 
 @always_inline
@@ -83,7 +120,7 @@ def score_experts(
     logits: Floats,
     bias: Floats,
     size: Int,
-    experts: Int,
+    share: Share,
     real: Bool,
 ):
     """All threads score `size` logits of whole tokens; a thread requests its next logit before it looks at one.
@@ -92,25 +129,27 @@ def score_experts(
         scores: Results.
         keys: What orders them, see `order_key`.
         logits: The logits `[size]`.
-        bias: What the choice adds to an expert's score `[experts]`.
+        bias: What the choice adds to an expert's score.
         size: Number of logits.
-        experts: Number of experts.
+        share: The thread's.
         real: Otherwise memory is not looked at.
     """
     var next = Int(thread_idx.x)
+    var expert = share.first
     var next_logit = Float32(0)
     var next_bias = Float32(0)
     if real and next < size:
         next_logit = logits[unsafe_offset=next]
-        next_bias = bias[unsafe_offset=Int(UInt32(next) % UInt32(experts))]
+        next_bias = bias[unsafe_offset=Int(expert)]
     while next < size:
         var i = next
         var logit = next_logit
         var added = next_bias
         next += Int(block_dim.x)
+        expert = share.behind(expert)
         if real and next < size:
             next_logit = logits[unsafe_offset=next]
-            next_bias = bias[unsafe_offset=Int(UInt32(next) % UInt32(experts))]
+            next_bias = bias[unsafe_offset=Int(expert)]
         var score = sigmoid(logit)
         scores[unsafe_offset=i] = score
         keys[unsafe_offset=i] = order_key(score + added)
@@ -131,23 +170,23 @@ def choose_experts[
         experts: Number of experts.
         top_k: How many of them to choose.
     """
-    var first = Int(lane_id()) * experts_a_lane
+    var first = Int32(lane_id()) * Int32(experts_a_lane)
     var own = Array[Int32, experts_a_lane](fill=Int32.MIN)
     comptime for j in range(experts_a_lane):
-        if first + j < experts:
-            own[j] = keys[unsafe_offset=first + j]
+        if first + Int32(j) < Int32(experts):
+            own[j] = keys[unsafe_offset=Int(first) + j]
     for k in range(top_k):
         var most = own[0]
         comptime for j in range(1, experts_a_lane):
             most = max(most, own[j])
-        var place = 0
+        var place = Int32(0)
         comptime for j in reversed(range(experts_a_lane)):
             if own[j] == most:
-                place = j
-        if Int(lane_id()) == first_lane_with_most(most):
-            chosen[unsafe_offset=k] = Int32(first + place)
+                place = Int32(j)
+        if is_first_with_most(most):
+            chosen[unsafe_offset=k] = first + place
             comptime for j in range(experts_a_lane):
-                if place == j:
+                if place == Int32(j):
                     own[j] = Int32.MIN
 
 
@@ -247,6 +286,8 @@ def assign_kernel[
     var lane = Int(lane_id())
     var all = Int(experts)
     var each = Int(top_k)
+    var share = Share(all)
+    bring(bias, all)
     for turn in range(Int(turns)):
         var real = turn == Int(turns) - 1
         var end = Int(tokens) if real else min(Int(tokens), 1)
@@ -262,7 +303,7 @@ def assign_kernel[
                 logits.unsafe_offset(first * all),
                 bias,
                 size * all,
-                all,
+                share,
                 real,
             )
             barrier()
