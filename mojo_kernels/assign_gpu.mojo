@@ -1,7 +1,7 @@
 """Routing and grouping on a GPU: one block does both for few tokens, where starting two kernels takes longer than running them.
 
-What takes time with few tokens is waiting: for memory, for the instructions themselves, for one operation after the other.
-So every thread scores an expert, a warp then chooses from shared memory, and all of it runs once in vain beforehand.
+What takes time with few tokens is waiting, for memory and for one operation after the other: so every thread scores an
+expert, and a warp then chooses from shared memory.
 """
 
 from max.gpu import (
@@ -49,9 +49,6 @@ comptime MAX_EXPERTS_A_LANE = 16
 comptime SCORES = 4608
 """Scores that the block holds in shared memory at a time: those of 16 tokens with 288 experts."""
 
-comptime TURNS = 2
-"""Times that the kernel runs through. All but the last only bring its instructions, while the kernel before still runs."""
-
 
 @always_inline
 def bring(bias: Floats, experts: Int):
@@ -82,11 +79,8 @@ def assign_kernel[
     experts: Int32,
     top_k: Int32,
     scale: Float32,
-    turns: Int32,
 ):
     """All threads score the experts of some tokens, a warp a token chooses; at the end all threads group.
-
-    Before the last turn one token without logits goes the same way, to no result.
 
     Parameters:
         normalize: See `step3p5_moe_assign`.
@@ -110,48 +104,45 @@ def assign_kernel[
     var each = Int(top_k)
     var share = Share(all)
     bring(bias, all)
-    for turn in range(Int(turns)):
-        var real = turn == Int(turns) - 1
-        var end = Int(tokens) if real else min(Int(tokens), 1)
-        if real:
-            wait_on_dependent_grids()
-            launch_dependent_grids()
-        for first in range(0, end, TOGETHER):
-            var size = min(end - first, TOGETHER)
-            barrier()
-            score_experts(
-                scores,
-                keys,
-                logits.unsafe_offset(first * all),
-                bias,
-                size * all,
-                share,
-                real,
-            )
-            barrier()
-            for t in range(Int(warp_id()), size, Int(block_dim.x) // WARP_SIZE):
-                var to = (first + t) * each
-                choose_experts[experts_a_lane](
-                    chosen.unsafe_offset(to),
-                    keys.unsafe_offset(t * all),
-                    all,
-                    each,
-                )
-                syncwarp()
-                var expert = Int32(0)
-                var weight = Float32(0)
-                if lane < each:
-                    expert = chosen[unsafe_offset=to + lane]
-                    weight = scores[unsafe_offset=t * all + Int(expert)]
-                comptime if normalize:
-                    weight /= sum_in_order(weight, each) + 1e-20
-                if real and lane < each:
-                    ids[unsafe_offset=to + lane] = expert
-                    weights[unsafe_offset=to + lane] = weight * scale
-        if thread_idx.x < 4:
-            chosen[unsafe_offset=end * each + Int(thread_idx.x)] = Int32.MAX
+    wait_on_dependent_grids()
+    launch_dependent_grids()
+    for first in range(0, Int(tokens), TOGETHER):
+        var size = min(Int(tokens) - first, TOGETHER)
+        # All warps have chosen from what stands here before.
         barrier()
-        group_chosen(rows, offsets, chosen, end * each, all, real)
+        score_experts(
+            scores,
+            keys,
+            logits.unsafe_offset(first * all),
+            bias,
+            size * all,
+            share,
+        )
+        barrier()
+        for t in range(Int(warp_id()), size, Int(block_dim.x) // WARP_SIZE):
+            var to = (first + t) * each
+            choose_experts[experts_a_lane](
+                chosen.unsafe_offset(to),
+                keys.unsafe_offset(t * all),
+                all,
+                each,
+            )
+            syncwarp()
+            var expert = Int32(0)
+            var weight = Float32(0)
+            if lane < each:
+                expert = chosen[unsafe_offset=to + lane]
+                weight = scores[unsafe_offset=t * all + Int(expert)]
+            comptime if normalize:
+                weight /= sum_in_order(weight, each) + 1e-20
+            if lane < each:
+                ids[unsafe_offset=to + lane] = expert
+                weights[unsafe_offset=to + lane] = weight * scale
+    var count = Int(tokens) * each
+    if thread_idx.x < 4:
+        chosen[unsafe_offset=count + Int(thread_idx.x)] = Int32.MAX
+    barrier()
+    group_chosen(rows, offsets, chosen, count, all)
 
 
 def assign_gpu[
@@ -187,7 +178,6 @@ def assign_gpu[
             Int32(experts),
             Int32(top_k),
             scale,
-            Int32(TURNS),
             grid_dim=1,
             block_dim=ceildiv(threads, WARP_SIZE) * WARP_SIZE,
             attributes=pdl_launch_attributes(PDLLevel.ON),

@@ -69,7 +69,6 @@ def score_experts(
     bias: Floats,
     size: Int,
     share: Share,
-    real: Bool,
 ):
     """All threads score `size` logits of whole tokens; a thread requests its next logit before it looks at one.
 
@@ -80,13 +79,12 @@ def score_experts(
         bias: What the choice adds to an expert's score.
         size: Number of logits.
         share: The thread's.
-        real: Otherwise memory is not looked at.
     """
     var next = Int(thread_idx.x)
     var expert = share.first
     var next_logit = Float32(0)
     var next_bias = Float32(0)
-    if real and next < size:
+    if next < size:
         next_logit = logits[unsafe_offset=next]
         next_bias = bias[unsafe_offset=Int(expert)]
     while next < size:
@@ -95,7 +93,7 @@ def score_experts(
         var added = next_bias
         next += Int(block_dim.x)
         expert = share.behind(expert)
-        if real and next < size:
+        if next < size:
             next_logit = logits[unsafe_offset=next]
             next_bias = bias[unsafe_offset=Int(expert)]
         var score = sigmoid(logit)
@@ -157,7 +155,6 @@ def group_chosen(
     chosen: SharedIds,
     count: Int,
     experts: Int,
-    real: Bool,
 ):
     """All threads of the block rank the choices by comparing each with all.
 
@@ -167,7 +164,6 @@ def group_chosen(
         chosen: Experts of all assignments, and higher numbers behind them up to a multiple of four.
         count: Number of assignments.
         experts: Number of experts.
-        real: Otherwise nothing is stored.
     """
     for i in range(Int(thread_idx.x), count + experts + 1, Int(block_dim.x)):
         var expert = Int32(i - count)
@@ -185,8 +181,7 @@ def group_chosen(
                     others[j] < expert
                     or (others[j] == expert and b + j < equals)
                 )
-        if real:
-            if i < count:
-                rows[unsafe_offset=before] = Int32(i)
-            else:
-                offsets[unsafe_offset=i - count] = Int32(before)
+        if i < count:
+            rows[unsafe_offset=before] = Int32(i)
+        else:
+            offsets[unsafe_offset=i - count] = Int32(before)
