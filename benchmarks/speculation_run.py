@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,19 +117,33 @@ def run_case(
     new_tokens: int,
     devices: str,
 ) -> None:
-    """Generates once and keeps the rate, prompts excluded; without a policy the pipeline is the plain one."""
+    """Generates once and keeps the rate; without a policy the pipeline is the plain one.
+
+    The rate is that of the whole batch: from behind the prompts to where the first request has all its tokens.
+    """
     counts: Statistics | None = None
+    totals: Counter[int] = Counter()
+
+    def step(batch: GenerateIterator) -> int:
+        tokens = {row: len(own) for row, own in batch.step().items()}
+        totals.update(tokens)
+        return sum(tokens.values())
+
     settle(devices)
     with GenerateIterator.from_contexts(pipeline, greedy_requests(prompts, new_tokens)) as batch:
         if policy is not None:
             pipeline.policy = policy
         # Where steps overlap, a step returns the tokens of the one before.
-        while not any(batch.step().values()):
+        while not step(batch):
             pass
         if policy is not None:
             pipeline.statistics = counts = Statistics(len(pipeline.statistics.verified))
         started, generated = time.perf_counter(), 0
-        while not batch.done:
-            generated += sum(len(tokens) for tokens in batch.step().values())
+        while max(totals.values()) < new_tokens:
+            generated += step(batch)
         seconds = time.perf_counter() - started
+        if policy is not None:
+            pipeline.statistics = Statistics(len(pipeline.statistics.verified))  # the rest does not count
+        while not batch.done:
+            batch.step()
     case.keep(generated / seconds, counts)
