@@ -46,10 +46,23 @@ def drafting(predictable: Path) -> Iterator[AutoModel]:
         yield model
 
 
-@pytest.fixture(params=[False, True], ids=["by the host", "on the device"])
+@pytest.fixture(params=[False, True], ids=["as on a CPU", "as on a GPU"])
 def handed_on(drafting: AutoModel, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """How drafts and kept rows go from a step to the next where there is no cycle: as on a CPU, and as on a GPU."""
+    """How drafts and kept rows go from a step to the next where there is no cycle, and when cycles are launched."""
     monkeypatch.setattr(drafting.pipeline._pipeline_model, "stays_on_device", request.param)
+    if request.param:
+        launch_ahead(drafting.pipeline, monkeypatch)
+
+
+def launch_ahead(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets cycles be launched ahead of their steps."""
+    use_cycles = pipeline.use_cycles
+
+    def use(*, captures: bool) -> None:
+        use_cycles(captures=captures)
+        pipeline.launches_ahead = True
+
+    monkeypatch.setattr(pipeline, "use_cycles", use)
 
 
 @contextmanager

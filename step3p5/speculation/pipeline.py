@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ from max.nn.kv_cache import BatchCharacteristics
 from max.nn.kv_cache.cache_params import spec_decode_cache_slack
 from max.pipelines.context import TextContext, TextGenerationOutput
 from max.pipelines.context.exceptions import InputError
+from max.pipelines.kv_cache import InsufficientBlocksError
 from max.pipelines.lib.pipeline_variants.text_generation import TextGenerationPipeline
 from max.pipelines.modeling.types import PipelineOutputsDict, RequestID, TextGenerationInputs
 from max.pipelines.sampling import FusedSamplingProcessor, apply_logits_processors
@@ -29,7 +30,12 @@ from .rows import Advance, Int64, draft_rows
 from .state import RequestState
 from .statistics import Statistics
 from .steady_cycle import Sampler, Start, SteadyCycles
-from .steady_run import SteadyRun
+from .steady_run import Launched, SteadyRun
+
+
+def _outputs(contexts: Iterable[TextContext]) -> PipelineOutputsDict[TextGenerationOutput]:
+    """What each request has generated since it was last asked, if anything."""
+    return {c.request_id: output for c in contexts if (output := c.to_generation_output()).tokens}
 
 
 class SpeculativePipeline(TextGenerationPipeline[TextContext]):
@@ -58,6 +64,10 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         self._run: SteadyRun | None = None
         self._padding = Padding(self._kv_manager, max(model.depth - 1, 0))
         self._planned_ahead: DraftPlan | None = None
+        self._next_plan: DraftPlan | None = None
+        """What the policy said for a cycle that was then not launched ahead."""
+        self.launches_ahead = False
+        """Whether a cycle is launched as soon as the one before is known, without waiting for its step."""
         if model.depth and model.stays_on_device and not is_virtual_device_mode():
             self.use_cycles(captures=True)
 
@@ -72,6 +82,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         longest = min(longest, manager.effective_max_seq_length or longest)
         graphs = model.cycle_graphs(self.vocab_size, longest, captures)
         self.cycles = None if graphs is None else SteadyCycles(graphs)
+        self.launches_ahead = captures
         if self.cycles is not None:
             self.policy.try_out_with(CYCLE_TRIALS)
 
@@ -93,9 +104,18 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             raise InputError(
                 "logprobs: found a request for them, expected none with speculation. Run without --speculative-method."
             )
-        batch = flatten2d(inputs.batches)
-        if not batch:
+        batches = inputs.batches
+        if not any(batches):
             return {}
+        ahead = self._end_cycle_ahead(flatten2d(batches))
+        if ahead:
+            batches = [[context for context in batch if not context.is_done] for batch in batches]
+        outputs = self._execute_step(batches) if any(batches) else {}
+        return outputs | _outputs(context for context in ahead if context.request_id not in outputs)
+
+    def _execute_step(self, batches: Sequence[list[TextContext]]) -> PipelineOutputsDict[TextGenerationOutput]:
+        """A step of requests of which none is done."""
+        batch = flatten2d(batches)
         self._planned_ahead = None
         if (run := self._run_to_go_on(batch)) is not None:
             return self._execute_cycle(run)
@@ -106,7 +126,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         for context, own in zip(batch, drafts, strict=True):
             # The cache makes room for as many; their tokens may be on the device alone.
             context.spec_decoding_state.draft_tokens_to_verify = [0] * len(own)
-        kv_cache_inputs = self._kv_manager.runtime_inputs(inputs.batches)
+        kv_cache_inputs = self._kv_manager.runtime_inputs(batches)
         logits, hidden = self._pipeline_model.verify(batch, drafts, kv_cache_inputs)
         drawn = self._sample(logits, batch, drafts)
         first_rows = self._commit(batch, drafts, drawn)
@@ -117,7 +137,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             self._pipeline_model.heads.see(np.array(drawn))
         self._draft(batch, states, first_rows, hidden, kv_cache_inputs, pure)
         self.statistics.record_times(verified - started, time.perf_counter() - verified)
-        outputs = {c.request_id: output for c in batch if (output := c.to_generation_output()).tokens}
+        outputs = _outputs(batch)
         for context in batch:
             self._kv_manager.step(context)
         return outputs
@@ -125,13 +145,15 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
     def _run_to_go_on(self, batch: list[TextContext]) -> SteadyRun | None:
         """The run that a step of `batch` belongs to, begun here if need be; `None` where there must be none."""
         run, model = self._run, self._pipeline_model
+        if run is not None and run.launched is not None:
+            return run
         if run is not None and not run.goes_on_in(batch):
             self._end_run()
             run = None
         if self.cycles is None or not self._can_cycle(batch):
             self._end_run()
             return None
-        plan = self.policy.plan(len(batch), True)
+        plan, self._next_plan = self._next_plan or self.policy.plan(len(batch), True), None
         if run is None or plan != DraftPlan(run.cycle.depth, len(batch)):
             self._end_run()
             starts = self._starts(batch, plan.depth) if plan.num_requests == len(batch) else None
@@ -187,7 +209,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
 
     def _end_run(self) -> None:
         """Gives the requests of a run back what they carry from step to step."""
-        run, self._run = self._run, None
+        run, self._run, self._next_plan = self._run, None, None
         if run is None:
             return
         alive = [index for index, context in enumerate(run.batch) if run.stands_still(index) and not context.is_done]
@@ -202,35 +224,80 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
 
     def _execute_cycle(self, run: SteadyRun) -> PipelineOutputsDict[TextGenerationOutput]:
         """A step of a run."""
+        ahead = run.launched
+        self._end_cycle(run, ahead or self._launch_cycle(run))
+        if self.launches_ahead:
+            self._launch_ahead(run, has_room=ahead is not None)
+        return _outputs(run.batch)
+
+    def _launch_cycle(self, run: SteadyRun) -> Launched:
+        """Launches the run's next cycle, for which the cache has room."""
         assert self.cycles is not None
-        started = time.perf_counter()
-        batch, model, longest = run.batch, self._pipeline_model, self.cycles.graphs.longest
+        started, model, longest = time.perf_counter(), self._pipeline_model, self.cycles.graphs.longest
         size, depth = run.cycle.batch_size, run.cycle.depth
-        for context in batch:
+        for context in run.batch:
             context.spec_decoding_state.draft_tokens_to_verify = [0] * depth
         caches = self._kv_manager.runtime_inputs(
-            [[*batch, *run.padding]],
+            [[*run.batch, *run.padding]],
             max_cache_length=longest,
             batch_characteristics=BatchCharacteristics(size, depth + 1, longest),
         )
         if model.heads is not None and depth:
             model.heads.refresh()
         model.await_inputs()
-        ready = run.cycle.launch(cast(Any, caches), self._sampler_of(run))
-        result = self._wait(run, ready)
-        verified = time.perf_counter()
-        self._commit_cycle(run, result)
+        return Launched(started, run.cycle.launch(cast(Any, caches), self._sampler_of(run)))
+
+    def _launch_ahead(self, run: SteadyRun, *, has_room: bool) -> None:
+        """Launches the next cycle while the depths still draft, if nothing but another batch can come between.
+
+        Should another batch come, the cycle is one of the requests that are left: see `_end_cycle_ahead`.
+
+        Args:
+            run: What goes on.
+            has_room: Whether the scheduler made room for it: it does for the cycle behind one that was launched ahead.
+        """
+        if any(context.is_done for context in run.batch) or not self._can_cycle(run.batch):
+            return
+        self._next_plan = self.policy.plan(len(run.batch), True)
+        if self._next_plan != DraftPlan(run.cycle.depth, len(run.batch)):
+            return
+        try:
+            for context in [] if has_room else run.batch:
+                self._kv_manager.alloc(context).synchronize()
+        except InsufficientBlocksError:
+            return  # the scheduler will make room, or wait
+        self._planned, self._next_plan = self._next_plan, None
+        run.launched = self._launch_cycle(run)
+        for context in run.batch:
+            # So many tokens may come before the step that the scheduler makes room for next.
+            context.spec_decoding_state.maybe_accepted_draft_tokens = [0] * (run.cycle.depth + 1)
+
+    def _end_cycle_ahead(self, batch: list[TextContext]) -> list[TextContext]:
+        """Ends a cycle that was launched for another batch than this one.
+
+        Returns:
+            The requests that it advanced; some may be done.
+        """
+        run = self._run
+        if run is None or run.launched is None or run.goes_on_in(batch):
+            return []
+        return self._end_cycle(run, run.launched)
+
+    def _end_cycle(self, run: SteadyRun, launched: Launched) -> list[TextContext]:
+        """Waits for a cycle, and advances those of its requests that are where it found them; returns them."""
+        result = self._wait(run, launched.ready)
+        verified, model, run.launched = time.perf_counter(), self._pipeline_model, None
+        advanced = self._commit_cycle(run, result)
         if model.heads is not None:
             model.heads.see(result[:, :-1].ravel())
         if (seconds := run.seconds_of_cycle(verified)) is not None:
             # What the host does goes on beside the drafting, so that the two have no times of their own.
-            self.policy.record_verification(len(batch), depth, seconds)
-            self.policy.record_drafting(len(batch), depth, 0.0)
-        outputs = {c.request_id: output for c in batch if (output := c.to_generation_output()).tokens}
-        for context in batch:
+            self.policy.record_verification(len(run.batch), run.cycle.depth, seconds)
+            self.policy.record_drafting(len(run.batch), run.cycle.depth, 0.0)
+        for context in advanced:
             self._kv_manager.step(context)
-        self.statistics.record_times(verified - started, time.perf_counter() - verified)
-        return outputs
+        self.statistics.record_times(verified - launched.at, time.perf_counter() - verified)
+        return advanced
 
     def _sampler_of(self, run: SteadyRun) -> Sampler | None:
         """What draws for a run; `None` where all requests take the greatest logit."""
@@ -253,21 +320,27 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             ready.synchronize()
         return run.cycle.result[: len(run.batch)]
 
-    def _commit_cycle(self, run: SteadyRun, result: Int64) -> None:
-        """Appends what a cycle drew to the requests, and counts acceptance."""
+    def _commit_cycle(self, run: SteadyRun, result: Int64) -> list[TextContext]:
+        """Appends what a cycle drew to the requests, and counts acceptance; returns those that are still there."""
         depth, counts = run.cycle.depth, []
         if run.cycle.leaves_rows:
             run.rows.add(run.cycle.hidden[: len(run.batch)], result[:, -1] + 1)
-        for context, (*tokens, accepted) in zip(run.batch, result.tolist(), strict=True):
+        # Since a launch ahead of its step a request may have been hung up or preempted.
+        there = [c.request_id in self._states and run.stands_still(index) for index, c in enumerate(run.batch)]
+        for context, is_there, (*tokens, accepted) in zip(run.batch, there, result.tolist(), strict=True):
+            context.spec_decoding_state.draft_tokens_to_verify = []
+            context.spec_decoding_state.maybe_accepted_draft_tokens = []
+            if not is_there:
+                continue
             commit(context, tokens[: accepted + 1])
             if depth:
                 counts.append((depth, accepted))
-            context.spec_decoding_state.draft_tokens_to_verify = []
             if context.is_done:
                 self._states.pop(context.request_id, None)
         run.end_cycle()
         self._step_metrics = self.statistics.record_step(counts)
         self.policy.record_acceptance(counts)
+        return [context for context, is_there in zip(run.batch, there, strict=True) if is_there]
 
     def _state(self, context: TextContext) -> RequestState:
         """The request's state; a new one where it is new, or was preempted."""

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from max.driver import DeviceEvent
 from max.pipelines.context import TextContext
 
 from ..steady_batch import same_requests
 from .kept_rows import CycleRows
 from .steady_cycle import SteadyCycle
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A cycle that was launched and whose result nobody has looked at."""
+
+    at: float
+    """By the host's clock."""
+    ready: DeviceEvent | None
+    """When its result is there; `None` if it is."""
 
 
 class SteadyRun:
@@ -29,6 +41,8 @@ class SteadyRun:
         """What the cycles leave for depths that rest."""
         self.ends: list[int] = []
         """Processed length of each request when the last cycle ended."""
+        self.launched: Launched | None = None
+        """The cycle after the last one that ended, if it was launched ahead of its step."""
         self.end_cycle()
         self._verified: float | None = None
 

@@ -1,0 +1,172 @@
+"""Cycles that are launched ahead of their steps, under a scheduler that then wants another batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SEED
+from harness import FIRST_TEXT_TOKEN, Prompt
+from max.pipelines.context import TextContext
+from max.pipelines.kv_cache import InsufficientBlocksError
+from max.pipelines.lib.auto_model import AutoModel
+from max.pipelines.modeling.types import TextGenerationInputs
+from speculation_harness import generate, load, request
+
+from step3p5.checkpoint_tensors import CheckpointDtype
+from step3p5.random_checkpoint.writer import write_random_checkpoint
+
+DEPTH = 3
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AutoModel]:
+    """Drafts that are right more often than not."""
+    folder = tmp_path_factory.mktemp("predictable") / "tiny"
+    write_random_checkpoint(folder, "tiny", None, CheckpointDtype.FLOAT32, SEED, predictable=0.7)
+    with load(folder, DEPTH) as model:
+        yield model
+
+
+class Scheduler:
+    """Drives a pipeline as MAX's scheduler does.
+
+    Args:
+        pipeline: Its cycles are launched ahead while this is in use.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline, self.manager = pipeline, pipeline.kv_manager
+        self.live: list[TextContext] = []
+        self.generated: dict[str, Prompt] = {}
+        self.left = 0
+        """Cycles launched ahead for another batch than came."""
+
+    def __enter__(self) -> Scheduler:
+        self.pipeline.use_cycles(captures=False)
+        self.pipeline.launches_ahead = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for context in self.live.copy():
+            self.leave(context)
+        self.pipeline.cycles, self.pipeline.launches_ahead = None, False
+
+    def join(self, context: TextContext) -> None:
+        self.manager.claim(context, replica_idx=0)
+        self.live.append(context)
+        self.generated.setdefault(str(context.request_id), [])
+
+    def leave(self, context: TextContext) -> None:
+        self.manager.release(context)
+        self.pipeline.release(context.request_id)
+        self.live.remove(context)
+
+    def preempt(self, context: TextContext) -> None:
+        self.leave(context)
+        context.reset()
+        self.join(context)
+
+    @property
+    def is_ahead(self) -> bool:
+        run = self.pipeline._run
+        return run is not None and run.launched is not None
+
+    def step(self, batch: Sequence[TextContext]) -> None:
+        for context in batch:
+            self.manager.alloc(context).synchronize()
+        self.left += self.is_ahead and not self.pipeline._run.goes_on_in(list(batch))
+        outputs = self.pipeline.execute(TextGenerationInputs(batches=[list(batch)]))
+        for context in self.live.copy():
+            if (output := outputs.get(context.request_id)) is not None:
+                self.generated[str(context.request_id)] += [int(token) for token in output.tokens]
+                if output.is_done:
+                    self.leave(context)
+
+    def of(self, context: TextContext) -> Prompt:
+        """What a request has generated."""
+        return self.generated[str(context.request_id)]
+
+
+def prompts_of(rng: np.random.Generator, *lengths: int) -> list[Prompt]:
+    return [rng.integers(FIRST_TEXT_TOKEN, 500, size=length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("stays_on_device", [False, True])
+def test_any_batches_give_the_same_tokens(
+    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, stays_on_device: bool
+) -> None:
+    """Requests join, are left out of steps, are preempted; one is hung up."""
+    pipeline: Any = drafting.pipeline
+    monkeypatch.setattr(pipeline._pipeline_model, "stays_on_device", stays_on_device)
+    prompts, lengths = prompts_of(rng, 5, 60, 120, 30, 9, 250), (90, 40, 110, 70, 130, 25)
+    want = generate(drafting, [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)])
+    contexts = [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
+    waiting, hung_up, steps_ahead = contexts[2:], contexts[4], 0
+    with Scheduler(pipeline) as scheduler:
+        for context in contexts[:2]:
+            scheduler.join(context)
+        while scheduler.live or waiting:
+            if waiting and rng.random() < 0.1:
+                scheduler.join(waiting.pop())
+            if scheduler.live and rng.random() < 0.04:
+                scheduler.preempt(scheduler.live[int(rng.integers(len(scheduler.live)))])
+            if hung_up in scheduler.live and len(scheduler.of(hung_up)) > 40:
+                scheduler.leave(hung_up)
+            batch = [context for context in scheduler.live if rng.random() < 0.97]
+            if batch:
+                scheduler.step(batch)
+                steps_ahead += scheduler.is_ahead
+        assert scheduler.left > 2
+        assert steps_ahead > 2 * scheduler.left
+        for context, tokens in zip(contexts, want, strict=True):
+            found = scheduler.of(context)
+            assert found == tokens if context is not hung_up else found == tokens[: len(found)]
+
+
+def test_a_request_can_end_in_a_cycle_that_was_launched_for_another_batch(
+    drafting: AutoModel, rng: np.random.Generator
+) -> None:
+    """Its end is told in the step of the others, and it is not computed again."""
+    prompts = prompts_of(rng, 20, 33)
+    want = generate(drafting, [request(prompts[0], 1 + 3 * (DEPTH + 1)), request(prompts[1], 40)])
+    short, long = request(prompts[0], 1 + 3 * (DEPTH + 1)), request(prompts[1], 40)
+    with Scheduler(drafting.pipeline) as scheduler:
+        for context in (short, long):
+            scheduler.join(context)
+        while short in scheduler.live and len(scheduler.of(short)) < len(want[0]) - (DEPTH + 1):
+            scheduler.step([short, long])
+        while short in scheduler.live:
+            scheduler.step([long] if scheduler.is_ahead else [short, long])
+        while scheduler.live:
+            scheduler.step([long])
+        assert (scheduler.of(short), scheduler.of(long)) == (want[0], want[1])
+        assert scheduler.left > 0
+
+
+def test_without_room_in_the_cache_nothing_is_launched_ahead(
+    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (prompt,) = prompts_of(rng, 20)
+    want = generate(drafting, [request(prompt, 30)])
+    context, pipeline = request(prompt, 30), drafting.pipeline
+    with Scheduler(pipeline) as scheduler:
+        scheduler.join(context)
+        alloc = scheduler.manager.alloc
+        while scheduler.live:
+            alloc(context).synchronize()
+            with monkeypatch.context() as patch:
+                patch.setattr(type(scheduler.manager), "alloc", full)
+                outputs = pipeline.execute(TextGenerationInputs(batches=[[context]]))
+            assert not scheduler.is_ahead
+            output = outputs[context.request_id]
+            scheduler.of(context).extend(int(token) for token in output.tokens)
+            if output.is_done:
+                scheduler.leave(context)
+        assert [scheduler.of(context)] == want
+
+
+def full(*_: object) -> None:
+    raise InsufficientBlocksError("none is free")
