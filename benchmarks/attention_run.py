@@ -37,6 +37,9 @@ CASES = (
 )
 """Requests, new tokens of each, and tokens in the cache before, of the longest; the last case goes to MAX's kernel."""
 
+MOST_ROWS = 128
+"""New tokens times query heads of a key head, up to which our kernel runs."""
+
 LOOKAHEAD = 16
 """Columns that MAX's kernel may read behind a row of the page table."""
 
@@ -182,6 +185,8 @@ def run(folder: Path, file: Path) -> None:
             batch = Batch(machine, kind, requests, tokens, cached)
             poison = [Buffer.from_dlpack(torch.full_like(q, torch.nan)) for q in batch.q]
             for path, model in models.items():
+                if path == "max" or tokens * batch.heads // KEY_HEADS > MOST_ROWS:
+                    batch.cache.nan_to_num_(0)  # MAX's kernel multiplies what lies behind the last key by zero
                 machine.execute(model, [*batch.operands[:8], *poison])
                 outputs = machine.execute(model, batch.operands)
                 error = batch.error(outputs)
@@ -197,6 +202,6 @@ def run(folder: Path, file: Path) -> None:
             del batch, poison
     print(format_table(HEADER, [row.cells() for row in rows]))
     write_json(file, Report("attention", torch.cuda.get_device_name(), rate, environment, rows))
-    wrong = [row for row in rows if row.path == "ours" and not row.correct()]
+    wrong = [row for row in rows if not row.correct()]
     if wrong:
         raise SystemExit(f"{len(wrong)} wrong results, the first: {wrong[0]}")
