@@ -3,10 +3,10 @@
     python benchmarks/attention.py compile DIR    cross-compiles for sm_90a, on a machine without a GPU
     python benchmarks/attention.py run DIR        on the GPU's machine, which needs PyTorch
 
-`run` checks both against PyTorch in float32 (where our kernel runs, the cache holds NaN behind the requests' tokens) and
-measures replays of a captured graph of launches, each on other queries and keys, against the bytes of keys and values
-that must be read over the measured copy rate. Sizes are Step-3.5-Flash's. Ours runs for a single token too, for which
-the model has MAX's.
+`run` checks both against PyTorch in float32 (where our kernel runs, the cache holds NaN behind the requests' tokens)
+and measures replays of a captured graph of launches, each on other queries and keys, against the bytes of keys and
+values that must be read over the measured copy rate. Sizes are Step-3.5-Flash's. Ours runs for a single token too, for
+which the model has MAX's.
 """
 
 from __future__ import annotations
