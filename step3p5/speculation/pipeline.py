@@ -172,15 +172,19 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
 
     def _can_cycle(self, batch: Sequence[TextContext]) -> bool:
         """Whether the requests do no more than decode, without penalties, and there is room for their drafts."""
-        room = self._pipeline_model.max_seq_len - self._pipeline_model.depth
         return all(
             context.tokens.active_length == 1
             and context.tokens.generated_length > 0
-            and len(context.tokens) <= room
+            and len(context.tokens) <= self._longest_to_draft
             and not context.sampling_params.needs_penalties
             and can_verify_drafts(context)
             for context in batch
         )
+
+    @property
+    def _longest_to_draft(self) -> int:
+        """Tokens of a request behind which there is room for its drafts."""
+        return self._pipeline_model.max_seq_len - self._pipeline_model.depth
 
     def _is_start_of_run(self, batch: Sequence[TextContext]) -> bool:
         """Whether a step only leads to cycles, so that its time foretells nothing."""
@@ -225,9 +229,11 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
     def _execute_cycle(self, run: SteadyRun) -> PipelineOutputsDict[TextGenerationOutput]:
         """A step of a run."""
         ahead = run.launched
-        self._end_cycle(run, ahead or self._launch_cycle(run))
+        advanced = self._end_cycle(run, ahead or self._launch_cycle(run))
         if self.launches_ahead:
             self._launch_ahead(run, has_room=ahead is not None)
+        for context in advanced:
+            self._kv_manager.step(context)
         return _outputs(run.batch)
 
     def _launch_cycle(self, run: SteadyRun) -> Launched:
@@ -256,7 +262,7 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             run: What goes on.
             has_room: Whether the scheduler made room for it: it does for the cycle behind one that was launched ahead.
         """
-        if any(context.is_done for context in run.batch) or not self._can_cycle(run.batch):
+        if any(context.is_done or len(context.tokens) > self._longest_to_draft for context in run.batch):
             return
         self._next_plan = self.policy.plan(len(run.batch), True)
         if self._next_plan != DraftPlan(run.cycle.depth, len(run.batch)):
@@ -281,7 +287,10 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
         run = self._run
         if run is None or run.launched is None or run.goes_on_in(batch):
             return []
-        return self._end_cycle(run, run.launched)
+        advanced = self._end_cycle(run, run.launched)
+        for context in advanced:
+            self._kv_manager.step(context)
+        return advanced
 
     def _end_cycle(self, run: SteadyRun, launched: Launched) -> list[TextContext]:
         """Waits for a cycle, and advances those of its requests that are where it found them; returns them."""
@@ -294,8 +303,6 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             # What the host does goes on beside the drafting, so that the two have no times of their own.
             self.policy.record_verification(len(run.batch), run.cycle.depth, seconds)
             self.policy.record_drafting(len(run.batch), run.cycle.depth, 0.0)
-        for context in advanced:
-            self._kv_manager.step(context)
         self.statistics.record_times(verified - launched.at, time.perf_counter() - verified)
         return advanced
 

@@ -120,6 +120,11 @@ class SteadyCycle:
         self._columns = self._constant(np.minimum(np.arange(len(graphs.depths)), depth))
         self._first_rows = self._constant(np.arange(0, rows, self.rows_each))
         self._row_places = self._constant(np.arange(rows).reshape(batch_size, self.rows_each))
+        places = np.arange(rows)
+        kept_places, new_places = places[: batch_size * keep], places[batch_size * keep :]
+        self._state_places = self._constant(
+            np.concatenate([kept_places.reshape(batch_size, -1), new_places.reshape(batch_size, -1)], axis=1).ravel()
+        )
         self._draft_places = self._constant(np.arange(rows, rows + batch_size))
         self._next_places = self._constant(np.arange(batch_size * (depth + 1)).reshape(depth + 1, -1).T.reshape(-1))
         self._draft_offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(self.rows_each))
@@ -193,6 +198,7 @@ class SteadyCycle:
             self._columns,
             self._first_rows,
             self._row_places,
+            self._state_places,
             self._draft_places,
             self._kept,
             self._window,
