@@ -181,7 +181,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--depth", metavar="N", type=positive_int, default=3, help="drafts a cycle (default: %(default)s)")
     add("--cycles", metavar="N", type=positive_int, default=20, help="looked at, a run (default: %(default)s)")
     add("--kernels", metavar="N", type=positive_int, default=15, help="to list, a batch (default: %(default)s)")
-    add("--launch", choices=("captured", "executed", "by-step"), help="how cycles are launched (default: as it comes)")
+    add("--launch", choices=("in-step", "executed", "by-step"), help="how cycles are launched (default: as it comes)")
     add("--devices", type=devices, default="gpu", help="as MAX's --devices (default: %(default)s)")
     add("--precompiled-mtp-mefs", metavar="DIR", help="artifacts compiled ahead with --speculative-method mtp")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well, after each batch")
@@ -211,8 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*environment.lines(), f"loaded in {loaded:.1f} s", sep="\n", flush=True)
         if options.launch == "by-step":
             model.pipeline.cycles = None
-        elif options.launch is not None:
-            model.pipeline.use_cycles(captures=options.launch == "captured")
+        elif options.launch == "executed":
+            model.pipeline.use_cycles(captures=False)
+        elif options.launch == "in-step":
+            model.pipeline.launches_ahead = False
         for batch in options.batches:
             started = time.perf_counter()
             try:
