@@ -53,10 +53,6 @@ def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, bat
     window = rng.integers(KNOWN, size=(batch, keep + 1))
     lengths = rng.integers(10, 50, size=batch).astype(np.uint32)
 
-    of_kept = np.arange(batch * keep).reshape(batch, keep)
-    of_hidden = batch * keep + np.arange(batch * (depth + 1)).reshape(batch, depth + 1)
-    state_places = np.concatenate([of_kept, of_hidden], axis=1)
-
     new_kept, new_window = Buffer.from_numpy(kept.copy()), Buffer.from_numpy(window.copy())
     found = model.execute(
         Buffer.from_numpy(drawn),
@@ -66,7 +62,6 @@ def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, bat
         Buffer.from_numpy(np.array([0, 1, 2][:depth] + [depth] * rests)),
         Buffer.from_numpy(rows * np.arange(batch)),
         Buffer.from_numpy(np.arange(batch * rows).reshape(batch, rows)),
-        Buffer.from_numpy(state_places.ravel()),
         Buffer.from_numpy(np.arange(batch * rows, batch * rows + batch)),
         new_kept,
         new_window,

@@ -72,7 +72,6 @@ class Acceptance(Module):
         columns: TensorValue,
         first_rows: TensorValue,
         row_places: TensorValue,
-        state_places: TensorValue,
         draft_places: TensorValue,
         kept: BufferValue,
         window: BufferValue,
@@ -87,8 +86,6 @@ class Acceptance(Module):
             columns: `0 … d - 1`, then `d` as often as makes `[deepest]`, int64.
             first_rows: `0, R, 2 R, …`, `[B]` int64.
             row_places: `0 … B R - 1` as `[B, R]` int64.
-            state_places: Of each row's hidden state in those `kept` of all requests followed by those `hidden` of all,
-                `[B R]` int64: joined request by request, MAX copies every request's on its own.
             draft_places: `B R … B R + B - 1`, int64.
             kept: Hidden states of the positions `p - K … p - 1`, `[B, K, hidden_size]`.
             window: The tokens at the positions `p - K … p`, `[B, K + 1]` int64.
@@ -110,8 +107,8 @@ class Acceptance(Module):
 
         last_rows = first_rows + accepted + keep
         positions = ops.concat([ops.buffer_load(window), drawn], axis=1)
-        states = ops.concat([ops.reshape(h, (-1, self.hidden_size)) for h in (ops.buffer_load(kept), hidden)], axis=0)
-        previous = ops.rebind(ops.gather(states, state_places, axis=0), (batch * rows, self.hidden_size))
+        states = ops.concat([ops.buffer_load(kept), hidden], axis=1)
+        previous = ops.reshape(ops.rebind(states, (batch, rows, self.hidden_size)), (batch * rows, self.hidden_size))
         tokens = ops.reshape(ops.rebind(positions[:, 1:], (batch, rows)), (batch * rows,))
 
         # A row's token at the next depth is that of the row after it here; of the last row it is drafted.
@@ -145,7 +142,6 @@ class Acceptance(Module):
             TensorType(DType.int64, [self.deepest], device),
             TensorType(DType.int64, ["batch"], device),
             TensorType(DType.int64, ["batch", "rows"], device),
-            TensorType(DType.int64, ["all_rows"], device),
             TensorType(DType.int64, ["batch"], device),
             BufferType(self.dtype, ["batch", keep, self.hidden_size], device),
             BufferType(DType.int64, ["batch", keep + 1], device),

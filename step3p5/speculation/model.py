@@ -302,6 +302,10 @@ class SpeculativeStep3p5Model(Step3p5Model):
         config = self.arch_config_as(Step3p5Config)
         vocab_size = config.model.vocab_size
 
+        def refresh_heads() -> None:
+            if self.heads is not None:
+                self.heads.refresh()
+
         def head_inputs(depth: int) -> tuple[Buffer, ...]:
             return self.heads.inputs(depth) if self.heads is not None else ()
 
@@ -315,6 +319,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
                 DepthInputs(str(layer.attention.kind), scalars, partial(head_inputs, depth))
                 for depth, (layer, scalars) in enumerate(zip(config.drafting_layers, self._depth_scalars, strict=True))
             ],
+            refresh_heads=refresh_heads,
             known_tokens=Buffer.from_numpy(np.array([min(known_tokens or vocab_size, vocab_size)])).to(self.devices[0]),
             hidden_size=config.model.hidden_size,
             hidden_dtype=activation_dtype(config.dtype, config.devices[0]),

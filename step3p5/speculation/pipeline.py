@@ -248,8 +248,6 @@ class SpeculativePipeline(TextGenerationPipeline[TextContext]):
             max_cache_length=longest,
             batch_characteristics=BatchCharacteristics(size, depth + 1, longest),
         )
-        if model.heads is not None and depth:
-            model.heads.refresh()
         model.await_inputs()
         return Launched(started, run.cycle.launch(cast(Any, caches), self._sampler_of(run)))
 

@@ -60,6 +60,9 @@ class CycleGraphs:
     depths: Sequence[CapturedGraph]
     hand_over: CapturedGraph
     depth_inputs: Sequence[DepthInputs]
+    refresh_heads: Callable[[], None]
+    """Brings what the depths' heads score up to date."""
+
     known_tokens: Buffer
     """Tokens that can be drawn, `[1]` int64."""
 
@@ -120,11 +123,6 @@ class SteadyCycle:
         self._columns = self._constant(np.minimum(np.arange(len(graphs.depths)), depth))
         self._first_rows = self._constant(np.arange(0, rows, self.rows_each))
         self._row_places = self._constant(np.arange(rows).reshape(batch_size, self.rows_each))
-        places = np.arange(rows)
-        kept_places, new_places = places[: batch_size * keep], places[batch_size * keep :]
-        self._state_places = self._constant(
-            np.concatenate([kept_places.reshape(batch_size, -1), new_places.reshape(batch_size, -1)], axis=1).ravel()
-        )
         self._draft_places = self._constant(np.arange(rows, rows + batch_size))
         self._next_places = self._constant(np.arange(batch_size * (depth + 1)).reshape(depth + 1, -1).T.reshape(-1))
         self._draft_offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(self.rows_each))
@@ -198,12 +196,13 @@ class SteadyCycle:
             self._columns,
             self._first_rows,
             self._row_places,
-            self._state_places,
             self._draft_places,
             self._kept,
             self._window,
         )
         ready = self._read(result, hidden)
+        if self._depths:
+            graphs.refresh_heads()  # a copy for each new token, which the host starts while the target verifies
         leaves = {
             kind: cache_leaves(self._draft_cache(kind, caches[kind][0], lengths))
             for kind in {inputs.kind for _, inputs in self._depths}
