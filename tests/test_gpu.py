@@ -25,6 +25,13 @@ CROSSOVERS = (1, 2, 7, 8, 9, 63, 64, 65, 127, 255, 300, 1000)
 """Tokens on each side of every choice between paths."""
 
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 32, 8, 512, 256
+WINDOW = 40
+ON_HOST = range(4, 9)
+"""Operands of attention that lie on the host."""
+
+OF_OURS = range(2, 33)
+"""New tokens of a request that our attention takes, with `HEADS / KEY_HEADS` query heads a key head; MAX's the others."""
+
 TOLERANCE = 2.0**-7
 """A bfloat16 rounding of the result and one of the activations, as a share of the largest value."""
 
@@ -164,12 +171,6 @@ def attention_ops() -> Model:
     return InferenceSession(devices=[Accelerator()]).load(graph)
 
 
-WINDOW = 40
-ON_HOST = range(4, 9)
-MOST_OF_OURS = 32
-"""New tokens of a request that our kernel takes of `HEADS / KEY_HEADS` query heads a key head."""
-
-
 @pytest.mark.parametrize(
     ("lengths", "new"),
     [
@@ -185,8 +186,8 @@ MOST_OF_OURS = 32
 def test_attention_equals_float64(
     attention_ops: Model, rng: np.random.Generator, lengths: list[int], new: list[int]
 ) -> None:
-    # MAX's kernel, which takes what has more tokens, multiplies by zero what lies behind the last key.
-    requests = Requests(rng, lengths, new, elsewhere=np.nan if max(new) <= MOST_OF_OURS else 1e30)
+    # MAX's kernel multiplies by zero what lies behind the last key.
+    requests = Requests(rng, lengths, new, elsewhere=np.nan if max(new) in OF_OURS else 1e30)
     results = run_attention(attention_ops, requests)
     for found, window in zip(results, (1 << 20, WINDOW) * 2, strict=True):
         expected = requests.expected(window)
