@@ -1,13 +1,14 @@
 """Looks where a cycle of speculation spends its time: on the host by stage, on the GPU by kernel.
 
     python benchmarks/speculation_profile.py MODEL [--batches 1,8,64] [--depth 3] [--cycles 20] [--kernels 15]
-                                             [--launch captured|executed|by-step]
+                                             [--launch in-step|executed|by-step]
                                              [--devices gpu] [--precompiled-mtp-mefs DIR] [--json FILE]
 
 A cycle verifies the drafts of every request and drafts anew. Each batch runs three times: to warm up, timed by stage
 (`stopwatch.py`), and under `torch.profiler`, which must be installed for a GPU. On the host a stage's time is
-that until its kernels are launched; what waits for the device is a stage of its own. `--launch` says how: as captured
-graphs (on a GPU if not told otherwise), as the same graphs executed, or verification and drafting one after the other.
+that until its kernels are launched; what waits for the device is a stage of its own. On a GPU cycles are captured graphs
+and launched ahead of their steps; `--launch` says otherwise: captured graphs launched in their step, the same graphs
+executed, or verification and drafting one after the other.
 """
 
 from __future__ import annotations

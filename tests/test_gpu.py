@@ -30,7 +30,7 @@ ON_HOST = range(4, 9)
 """Operands of attention that lie on the host."""
 
 OF_OURS = range(2, 33)
-"""New tokens of a request that our attention takes, with `HEADS / KEY_HEADS` query heads a key head; MAX's the others."""
+"""New tokens of a request that our attention takes, for `HEADS / KEY_HEADS` query heads a key head; MAX's any."""
 
 TOLERANCE = 2.0**-7
 """A bfloat16 rounding of the result and one of the activations, as a share of the largest value."""
