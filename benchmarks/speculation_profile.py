@@ -6,9 +6,9 @@
 
 A cycle verifies the drafts of every request and drafts anew. Each batch runs three times: to warm up, timed by stage
 (`stopwatch.py`), and under `torch.profiler`, which must be installed for a GPU. On the host a stage's time is
-that until its kernels are launched; what waits for the device is a stage of its own. On a GPU cycles are captured graphs
-and launched ahead of their steps; `--launch` says otherwise: captured graphs launched in their step, the same graphs
-executed, or verification and drafting one after the other.
+that until its kernels are launched; what waits for the device is a stage of its own. On a GPU cycles are captured
+graphs and launched ahead of their steps; `--launch` says otherwise: captured graphs launched in their step, the same
+graphs executed, or verification and drafting one after the other.
 """
 
 from __future__ import annotations
