@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,10 @@ from speculation_harness import GREEDY, generate, load, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
+from step3p5.speculation.captured import CapturedGraph
 from step3p5.speculation.padding import padded_size
 from step3p5.speculation.policy import DraftPlan, FixedDepth
-from step3p5.speculation.steady_cycle import Sampler, Start, SteadyCycle
+from step3p5.speculation.steady_cycle import Sampler, Start, SteadyCycle, SteadyCycles
 
 DEPTH = 3
 
@@ -140,6 +142,27 @@ def cycles_that_change_nothing(drafting: AutoModel, requests: Callable[[], list[
         assert generate(drafting, contexts) == want
     assert_same_drafts(drafts, want_drafts)
     return cycles
+
+
+def test_heads_are_brought_up_to_date_between_verification_and_drafts(
+    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, order = drafting.pipeline, []
+    execute = CapturedGraph.execute
+
+    def note(graph: CapturedGraph, *inputs: Any) -> Any:
+        order.append(graph._name)
+        return execute(graph, *inputs)
+
+    context = request(prompts_of(rng, 9)[0], 20)
+    with recorded(pipeline, [context], cycles=True) as (_, cycles):
+        graphs = dataclasses.replace(pipeline.cycles.graphs, refresh_heads=lambda: order.append("heads"))
+        pipeline.cycles = SteadyCycles(graphs)
+        monkeypatch.setattr(CapturedGraph, "execute", note)
+        generate(drafting, [context])
+    depths = [f"MTP depth {depth}" for depth in range(DEPTH)]
+    assert order == len(cycles) * ["verification", "greedy draws", "acceptance", "heads", *depths, "the next tokens"]
+    assert len(cycles) > 3
 
 
 @pytest.mark.usefixtures("late_inputs")
