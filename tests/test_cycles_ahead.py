@@ -98,10 +98,10 @@ def prompts_of(rng: np.random.Generator, *lengths: int) -> list[Prompt]:
 def test_any_batches_give_the_same_tokens(
     drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, stays_on_device: bool
 ) -> None:
-    """Requests join, are left out of steps, are preempted; one is hung up."""
+    """Requests join, are left out of steps, are preempted, need new pages of the cache; one is hung up."""
     pipeline: Any = drafting.pipeline
     monkeypatch.setattr(pipeline._pipeline_model, "stays_on_device", stays_on_device)
-    prompts, lengths = prompts_of(rng, 5, 60, 120, 30, 9, 250), (90, 40, 110, 70, 130, 25)
+    prompts, lengths = prompts_of(rng, 5, 60, 120, 30, 9, 250), (90, 130, 40, 150, 130, 25)
     want = generate(drafting, [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)])
     contexts = [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
     waiting, hung_up, steps_ahead = contexts[2:], contexts[4], 0
