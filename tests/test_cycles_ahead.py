@@ -12,7 +12,7 @@ from harness import FIRST_TEXT_TOKEN, Prompt
 from max.pipelines.context import TextContext
 from max.pipelines.kv_cache import InsufficientBlocksError
 from max.pipelines.lib.auto_model import AutoModel
-from max.pipelines.modeling.types import TextGenerationInputs
+from max.pipelines.modeling.types import RequestID, TextGenerationInputs
 from speculation_harness import generate, load, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
@@ -39,7 +39,7 @@ class Scheduler:
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline, self.manager = pipeline, pipeline.kv_manager
-        self.live: list[TextContext] = []
+        self.requests: dict[RequestID, TextContext] = {}
         self.generated: dict[str, Prompt] = {}
         self.left = 0
         """Cycles launched ahead for another batch than came."""
@@ -50,24 +50,31 @@ class Scheduler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for context in self.live.copy():
+        for context in self.live:
             self.leave(context)
         self.pipeline.cycles, self.pipeline.launches_ahead = None, False
 
     def join(self, context: TextContext) -> None:
         self.manager.claim(context, replica_idx=0)
-        self.live.append(context)
+        self.requests[context.request_id] = context
         self.generated.setdefault(str(context.request_id), [])
 
     def leave(self, context: TextContext) -> None:
         self.manager.release(context)
         self.pipeline.release(context.request_id)
-        self.live.remove(context)
+        del self.requests[context.request_id]
 
     def preempt(self, context: TextContext) -> None:
         self.leave(context)
         context.reset()
         self.join(context)
+
+    @property
+    def live(self) -> list[TextContext]:
+        return list(self.requests.values())
+
+    def runs(self, context: TextContext) -> bool:
+        return context.request_id in self.requests
 
     @property
     def is_ahead(self) -> bool:
@@ -79,7 +86,7 @@ class Scheduler:
             self.manager.alloc(context).synchronize()
         self.left += self.is_ahead and not self.pipeline._run.goes_on_in(list(batch))
         outputs = self.pipeline.execute(TextGenerationInputs(batches=[list(batch)]))
-        for context in self.live.copy():
+        for context in self.live:
             if (output := outputs.get(context.request_id)) is not None:
                 self.generated[str(context.request_id)] += [int(token) for token in output.tokens]
                 if output.is_done:
@@ -113,7 +120,7 @@ def test_any_batches_give_the_same_tokens(
                 scheduler.join(waiting.pop())
             if scheduler.live and rng.random() < 0.04:
                 scheduler.preempt(scheduler.live[int(rng.integers(len(scheduler.live)))])
-            if hung_up in scheduler.live and len(scheduler.of(hung_up)) > 40:
+            if scheduler.runs(hung_up) and len(scheduler.of(hung_up)) > 40:
                 scheduler.leave(hung_up)
             batch = [context for context in scheduler.live if rng.random() < 0.97]
             if batch:
@@ -130,20 +137,22 @@ def test_a_request_can_end_in_a_cycle_that_was_launched_for_another_batch(
     drafting: AutoModel, rng: np.random.Generator
 ) -> None:
     """Its end is told in the step of the others, and it is not computed again."""
-    prompts = prompts_of(rng, 20, 33)
-    want = generate(drafting, [request(prompts[0], 1 + 3 * (DEPTH + 1)), request(prompts[1], 40)])
-    short, long = request(prompts[0], 1 + 3 * (DEPTH + 1)), request(prompts[1], 40)
-    with Scheduler(drafting.pipeline) as scheduler:
-        for context in (short, long):
-            scheduler.join(context)
-        while short in scheduler.live and len(scheduler.of(short)) < len(want[0]) - (DEPTH + 1):
-            scheduler.step([short, long])
-        while short in scheduler.live:
-            scheduler.step([long] if scheduler.is_ahead else [short, long])
-        while scheduler.live:
-            scheduler.step([long])
-        assert (scheduler.of(short), scheduler.of(long)) == (want[0], want[1])
-        assert scheduler.left > 0
+    prompts, ended_ahead = prompts_of(rng, 20, 33), 0
+    for new_tokens in range(9, 9 + 3 * (DEPTH + 1)):
+        want = generate(drafting, [request(prompts[0], new_tokens), request(prompts[1], 80)])
+        short, long = request(prompts[0], new_tokens), request(prompts[1], 80)
+        with Scheduler(drafting.pipeline) as scheduler:
+            for context in (short, long):
+                scheduler.join(context)
+            while scheduler.runs(short):
+                near_end = new_tokens - len(scheduler.of(short)) <= DEPTH + 1
+                leaves_out = scheduler.is_ahead and near_end and len(scheduler.pipeline._run.batch) == 2
+                scheduler.step([long] if leaves_out else [short, long])
+                ended_ahead += leaves_out and not scheduler.runs(short)
+            while scheduler.live:
+                scheduler.step([long])
+            assert (scheduler.of(short), scheduler.of(long)) == (want[0], want[1])
+    assert ended_ahead
 
 
 def test_without_room_in_the_cache_nothing_is_launched_ahead(
@@ -155,7 +164,7 @@ def test_without_room_in_the_cache_nothing_is_launched_ahead(
     with Scheduler(pipeline) as scheduler:
         scheduler.join(context)
         alloc = scheduler.manager.alloc
-        while scheduler.live:
+        while scheduler.runs(context):
             alloc(context).synchronize()
             with monkeypatch.context() as patch:
                 patch.setattr(type(scheduler.manager), "alloc", full)
