@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import NEAR_TIE, Prompt, assert_close
+from harness import FIRST_TEXT_TOKEN, NEAR_TIE, Prompt, assert_close
 from max.pipelines.context import EOSTracker, SamplingParams, TextContext, TokenBuffer
 from max.pipelines.lib.auto_model import AutoModel
 from max.pipelines.lib.generate import GenerateIterator
@@ -33,6 +33,11 @@ def load(folder: Path, depth: int, max_batch_size: int = 8, **options: Any) -> A
             "num_speculative_tokens_per_batch_size": schedule,
         } | options
     return AutoModel(str(folder), max_batch_size=max_batch_size, **settings)
+
+
+def prompts_of(rng: np.random.Generator, *lengths: int) -> list[Prompt]:
+    """Random prompts of text tokens."""
+    return [rng.integers(FIRST_TEXT_TOKEN, 500, size=length).tolist() for length in lengths]
 
 
 def request(prompt: Prompt, new_tokens: int, sampling: SamplingParams = GREEDY, eos: Sequence[int] = ()) -> TextContext:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SEED
-from harness import FIRST_TEXT_TOKEN, Prompt
+from harness import Prompt
 from max.pipelines.context import TextContext
 from max.pipelines.kv_cache import InsufficientBlocksError
 from max.pipelines.lib.auto_model import AutoModel
 from max.pipelines.modeling.types import RequestID, TextGenerationInputs
-from speculation_harness import generate, load, request
+from speculation_harness import generate, load, prompts_of, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
@@ -95,10 +95,6 @@ class Scheduler:
     def of(self, context: TextContext) -> Prompt:
         """What a request has generated."""
         return self.generated[str(context.request_id)]
-
-
-def prompts_of(rng: np.random.Generator, *lengths: int) -> list[Prompt]:
-    return [rng.integers(FIRST_TEXT_TOKEN, 500, size=length).tolist() for length in lengths]
 
 
 @pytest.mark.parametrize("stays_on_device", [False, True])
