@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import FIRST_TEXT_TOKEN, NEAR_TIE, Prompt, assert_close
+from harness import FIRST_TEXT_TOKEN, NEAR_TIE, Prompt, assert_close, is_clear
 from max.pipelines.context import EOSTracker, SamplingParams, TextContext, TokenBuffer
 from max.pipelines.lib.auto_model import AutoModel
 from max.pipelines.lib.generate import GenerateIterator
@@ -62,6 +62,24 @@ def generate(model: AutoModel, contexts: Sequence[TextContext], chunk: int | Non
             for row, tokens in batch.step().items():
                 generated[row] += tokens
     return generated
+
+
+def clear_prompts(
+    plain: AutoModel, reference: Reference, rng: np.random.Generator, lengths: Sequence[int], new_tokens: int
+) -> list[Prompt]:
+    """Random prompts of text tokens on which, answers included, no router choice of the target is a near tie: what
+    drafting computes along them can be held to the reference."""
+    prompts: list[Prompt] = []
+    for length in lengths:
+        for _ in range(50):
+            (prompt,) = prompts_of(rng, length)
+            (answer,) = generate(plain, [request(prompt, new_tokens)])
+            if is_clear(reference, prompt + answer):
+                prompts.append(prompt)
+                break
+        else:
+            raise AssertionError(f"no prompt of {length} tokens without a near tie in 50 draws")
+    return prompts
 
 
 @dataclass
@@ -126,7 +144,7 @@ class Recorder:
             if reference.router_margin > NEAR_TIE:
                 assert_close(logits, want)
                 clear += 1
-        assert clear > len(self.verified) / 4, "hardly a sequence without a near tie"
+        assert clear > len(self.verified) / 2, "near ties in most sequences: take `clear_prompts`"
         for tokens, drafts, depths, ids in self.drafted:
             reference.router_margin = np.inf
             want_depths = reference.mtp_logits(tokens + drafts[:-1], len(drafts))

@@ -7,12 +7,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from flash_config import flash_config
 from harness import FIRST_TEXT_TOKEN, NEAR_TIE, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Reference
+from reference import Float64, Reference
 from sharded_model import SCALING_FACTOR, Ops, ShardedModel
 
 from step3p5.checkpoint_tensors import TensorRole, checkpoint_tensors, mtp_tensors
@@ -77,18 +78,24 @@ def random_tensors(model: ModelConfig, rng: np.random.Generator) -> dict[str, An
     return tensors
 
 
-@pytest.mark.parametrize("num_devices", [2, 4, 8])
-@pytest.mark.parametrize("mode", MODES)
-def test_the_parts_compute_the_whole(ops: Ops, mode: str, num_devices: int, rng: np.random.Generator) -> None:
+def clear_requests(
+    rng: np.random.Generator, lengths: list[int]
+) -> tuple[Reference, dict[str, Any], list[npt.NDArray[np.int64]], Float64]:
+    """A random model, requests of these lengths on which no router choice is a near tie, and all their logits."""
     for _ in range(20):
         tensors = random_tensors(SMALL_MODEL, rng)
         reference = Reference(SMALL, tensors)
-        requests = [rng.integers(FIRST_TEXT_TOKEN, 128, size=length) for length in rng.permutation(range(1, 12))]
+        requests = [rng.integers(FIRST_TEXT_TOKEN, 128, size=length) for length in lengths]
         want = np.concatenate([reference.logits(request.tolist()) for request in requests])
         if reference.router_margin > NEAR_TIE:
-            break
-    else:
-        raise AssertionError("a near tie of the router in each of 20 draws")
+            return reference, tensors, requests, want
+    raise AssertionError("a near tie of the router in each of 20 draws")
+
+
+@pytest.mark.parametrize("num_devices", [2, 4, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_parts_compute_the_whole(ops: Ops, mode: str, num_devices: int, rng: np.random.Generator) -> None:
+    reference, tensors, requests, want = clear_requests(rng, rng.permutation(range(1, 12)).tolist())
     plan = plan_of(SMALL_MODEL, mode, num_devices)
     cuts = np.sort(rng.integers(0, len(requests) + 1, size=num_devices - 1))
     bounds = [0, *cuts.tolist(), len(requests)]
@@ -189,12 +196,7 @@ def test_a_shared_expert_whose_blocks_a_cut_would_divide_stays_whole_and_is_not_
 
 
 def test_the_parts_compute_the_whole_beside_a_whole_shared_expert(ops: Ops, rng: np.random.Generator) -> None:
-    tensors = random_tensors(SMALL_MODEL, rng)
-    reference = Reference(SMALL, tensors)
-    tokens = rng.integers(FIRST_TEXT_TOKEN, 128, size=9)
-    want = reference.logits(tokens.tolist())
-    if reference.router_margin < NEAR_TIE:
-        pytest.skip("a near tie of the router")
+    reference, tensors, (tokens,), want = clear_requests(rng, [9])
     blocks = QuantisedBlocks(16, 16, SHARED)
     plan = plan_of(SMALL_MODEL, "tp-ep", 2, blocks)
     assert not plan.layers[1].shared_expert_is_partial

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SEED
-from harness import FIRST_TEXT_TOKEN, Prompt
+from harness import Prompt
 from max.pipelines.context import SamplingParams
 from max.pipelines.lib.auto_model import AutoModel
 from max.pipelines.modeling.types import TextGenerationInputs
 from reference import Reference
-from speculation_harness import GREEDY, Recorder, generate, load, request
+from speculation_harness import GREEDY, Recorder, clear_prompts, generate, load, prompts_of, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.model_config import Step3p5Config
@@ -43,6 +43,12 @@ def plain(predictable: Path) -> Iterator[AutoModel]:
 
 
 @pytest.fixture(scope="module")
+def reference(predictable: Path) -> Reference:
+    """`predictable` in float64."""
+    return Reference.from_checkpoint(predictable)
+
+
+@pytest.fixture(scope="module")
 def drafting(predictable: Path) -> Iterator[AutoModel]:
     """`predictable` with all its depths, and a prefix cache."""
     with load(predictable, DEPTH, enable_prefix_caching=True) as model:
@@ -68,42 +74,42 @@ def handed_on(drafting: AutoModel, monkeypatch: pytest.MonkeyPatch, request: pyt
 SAMPLED = SamplingParams(temperature=2.0, top_k=100, top_p=0.95, seed=SEED, ignore_eos=True)
 
 
-def prompts_of(rng: np.random.Generator, *lengths: int) -> list[Prompt]:
-    return [rng.integers(FIRST_TEXT_TOKEN, 500, size=length).tolist() for length in lengths]
-
-
 @pytest.mark.parametrize(("lengths", "chunk"), [((1,), None), ((3, 250, 130), None), ((300, 5), 128)])
 def test_every_depth_drafts_as_the_reference_does(
+    plain: AutoModel,
     drafting: AutoModel,
-    predictable: Path,
+    reference: Reference,
     rng: np.random.Generator,
     lengths: tuple[int, ...],
     chunk: int | None,
 ) -> None:
+    prompts = clear_prompts(plain, reference, rng, lengths, 12)
     with Recorder(drafting) as recorder:
-        generate(drafting, [request(prompt, 12) for prompt in prompts_of(rng, *lengths)], chunk)
+        generate(drafting, [request(prompt, 12) for prompt in prompts], chunk)
     assert {len(logits) for _, logits in recorder.verified} >= {1, DEPTH + 1}
-    recorder.check(Reference.from_checkpoint(predictable))
+    recorder.check(reference)
 
 
 @pytest.mark.usefixtures("late_inputs")
-def test_a_step_waits_for_its_inputs(drafting: AutoModel, predictable: Path, rng: np.random.Generator) -> None:
+def test_a_step_waits_for_its_inputs(
+    plain: AutoModel, drafting: AutoModel, reference: Reference, rng: np.random.Generator
+) -> None:
     """Requests end at different times, so that a step's pages are not those of the step before."""
-    prompts = prompts_of(rng, 3, 60, 30)
+    prompts = clear_prompts(plain, reference, rng, (3, 60, 30), 14)
     with Recorder(drafting) as recorder:
         generate(drafting, [request(p, n) for p, n in zip(prompts, (4, 9, 14), strict=True)], 40)
-    recorder.check(Reference.from_checkpoint(predictable))
+    recorder.check(reference)
 
 
 def test_a_part_of_the_vocabulary_drafts_its_best_and_changes_nothing(
-    plain: AutoModel, drafting_some: AutoModel, predictable: Path, rng: np.random.Generator
+    plain: AutoModel, drafting_some: AutoModel, reference: Reference, rng: np.random.Generator
 ) -> None:
-    prompts = prompts_of(rng, 1, 200, 40)
+    prompts = clear_prompts(plain, reference, rng, (1, 200, 40), 12)
     want = generate(plain, [request(prompt, 60, SAMPLED) for prompt in prompts])
     assert generate(drafting_some, [request(prompt, 60, SAMPLED) for prompt in prompts]) == want
     with Recorder(drafting_some) as recorder:
         generate(drafting_some, [request(prompt, 12) for prompt in prompts])
-    recorder.check(Reference.from_checkpoint(predictable))
+    recorder.check(reference)
     ids = drafting_some.pipeline._pipeline_model.heads.vocabulary.ids
     assert len(set(ids.tolist())) == 128
     assert ids.max() > 128
@@ -160,17 +166,17 @@ def test_an_end_token_among_accepted_drafts_ends_the_request(
 def test_drafting_goes_on_after_a_rest_as_if_there_had_been_none(
     plain: AutoModel,
     drafting: AutoModel,
-    predictable: Path,
+    reference: Reference,
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
     lengths: tuple[int, ...],
 ) -> None:
     monkeypatch.setattr(drafting.pipeline, "policy", FickleDepth(rng))
-    prompts = prompts_of(rng, *lengths)
+    prompts = clear_prompts(plain, reference, rng, lengths, 24)
     want = generate(plain, [request(prompt, 24) for prompt in prompts])
     with Recorder(drafting) as recorder:
         assert generate(drafting, [request(prompt, 24) for prompt in prompts]) == want
-    recorder.check(Reference.from_checkpoint(predictable))
+    recorder.check(reference)
 
 
 class FickleDepth(FixedDepth):
