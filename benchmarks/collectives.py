@@ -20,11 +20,15 @@ from step3p5.parallel_plan import Collective, ParallelPlan
 KINDS = {
     Collective.ALL_REDUCE.value: r"all_?reduce",
     Collective.ALL_GATHER.value: r"all_?gather",
-    Collective.REDUCE_SCATTER.value: r"reduce_?scatter",
+    f"{Collective.DISPATCH}, send": r"send_tokens",
+    f"{Collective.DISPATCH}, receive": r"receive_tokens",
+    f"{Collective.COMBINE}, send": r"send_sums",
+    f"{Collective.COMBINE}, receive": r"receive_sums",
     "broadcast": r"broadcast_(pull|push|multimem|1stage|2stage|kernel)|comm.*broadcast",
     "copy between devices": r"memcpy (ptop|p2p|peer)",
 }
-"""What is in the name of a kernel of a kind, in small letters."""
+"""What is in the name of a kernel of a kind, in small letters. A collective of the plan is all kinds that begin with
+its name."""
 
 Interval = tuple[float, float]
 
@@ -161,9 +165,11 @@ def collective_times(device: int, kernels: Sequence[Kernel], passes: int) -> lis
 def layer_milliseconds(times: Iterable[CollectiveTime], plan: ParallelPlan) -> float:
     """Of one layer's collectives, the mean over the layers, by the median run of each kind."""
     layers = plan.layers[: len(plan.model.layers)]
-    median = {time.kind: time.median_run for time in times}
+    median: defaultdict[str, float] = defaultdict(float)
+    for time in times:
+        median[time.kind.partition(",")[0]] += time.median_run
     every = [of for layer in layers for of in (layer.after_attention, layer.before_mlp, layer.after_mlp)]
-    return sum(median.get(of.value, 0.0) for of in every if of is not None) / len(layers)
+    return sum(median[of.value] for of in every if of is not None) / len(layers)
 
 
 def union(kernels: Iterable[Kernel]) -> list[Interval]:

@@ -3,7 +3,9 @@
 
 from .assign import Step3p5MoeAssign
 from .attend_gpu import Step3p5Attend
+from .combine_gpu import Step3p5CombineReceive, Step3p5CombineSend
 from .dense_layer import Step3p5DenseLayer
+from .dispatch_gpu import Step3p5DispatchReceive, Step3p5DispatchSend
 from .down import Step3p5MoeDown
 from .gate_up import Step3p5MoeGateUp
 from .group import Step3p5MoeGroup

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from max.graph.weights import WeightsFormat
 from max.pipelines.context import TextContext
-from max.pipelines.kv_cache.memory_planner import PagedMemoryPlanner
 from max.pipelines.lib import SupportedArchitecture
 from max.pipelines.modeling.types import PipelineTask
 
 from .batch_processor import Step3p5BatchProcessor
 from .kernel_checks import check_own_kernels_once
+from .mailboxes import MemoryPlanner
 from .model import Step3p5Model
 from .model_config import Step3p5Config
 from .parsers import PARSER_NAME
@@ -36,7 +36,7 @@ step3p5_arch = SupportedArchitecture(
     config=Step3p5Config,
     batching=Step3p5BatchProcessor,
     multi_gpu_supported=True,
-    memory_planner=PagedMemoryPlanner,
+    memory_planner=MemoryPlanner,
     pipeline_cls=Step3p5Pipeline,
     reasoning_parser=PARSER_NAME,
     tool_parser=PARSER_NAME,

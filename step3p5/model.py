@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, ClassVar, Literal
 
 from max import tree
-from max.driver import Buffer, Device
+from max.driver import Buffer, Device, is_virtual_device_mode
 from max.engine import InferenceSession, Model
 from max.graph.weights import Weights, WeightsAdapter
 from max.nn.kv_cache import KVCacheInputs, KVCacheInputsPerDevice
@@ -28,6 +28,8 @@ from typing_extensions import override
 from .artifacts import record_or_check
 from .batch_processor import Step3p5BatchProcessor
 from .cpu_quota import limit_threads
+from .mailbox_size import most_tokens
+from .mailboxes import Mailboxes
 from .model_config import Step3p5Config
 from .parallel_step3p5 import ParallelStep3p5
 from .resident_memory import give_back
@@ -144,6 +146,18 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
         if len(self.devices) == 1:
             return []
         return AlwaysSignalBuffersMixin.signal_buffers.func(self)
+
+    @cached_property
+    def ep_comm_initializer(self) -> Mailboxes | None:
+        """The GPUs' mailboxes, where they have requests of their own; MAX asks for them by this name once the graphs
+        are loaded, and every step takes them as its `ep_inputs`."""
+        config, processor = self.arch_config_as(Step3p5Config), self.batch_processor
+        if not config.plan.own_requests or is_virtual_device_mode() or processor is None:
+            return None
+        limits = processor.runtime
+        whole_prompt = 0 if limits.enable_chunked_prefill else limits.max_seq_len
+        tokens = most_tokens(limits.max_batch_input_tokens, limits.max_batch_size, whole_prompt)
+        return Mailboxes(config.plan, self.devices, tokens, config.dtype.size_in_bytes)
 
     @override
     def load_model(self, session: InferenceSession) -> Model:

@@ -8,12 +8,12 @@ Three ways to serve the model are three rows of data, tables from a tensor's rol
 
 The vocabulary is cut in all of them. What is not in a table is whole on every device. The collectives follow from the
 cuts: a product over a cut input axis leaves partial sums, which an all-reduce adds up; own tokens that meet experts of
-other devices are gathered before and scattered after.
+other devices are dispatched before and combined after.
 
-Why no token is sent to single experts. Where every device has every token (TP + EP), local experts add their sums to
-the all-reduce that the shared expert needs anyway: they cost no byte. Where devices have their own tokens (DP + EP),
-gathering them and scattering the sums moves, with 288 experts and 8 a token, in multiples of all tokens' hidden states
-that a device sends:
+Why tokens are dispatched to devices. Where every device has every token (TP + EP), local experts add their sums to the
+all-reduce that the shared expert needs anyway: they cost no byte. Where devices have their own tokens (DP + EP), there
+are four ways to the experts and back. With 288 experts and 8 a token a device sends, in multiples of all tokens' hidden
+states:
 
 | devices | gather, reduce-scatter | gather, all-reduce | dispatch, combine: to devices | to experts |
 |---|---|---|---|---|
@@ -21,12 +21,11 @@ that a device sends:
 | 4 | 1.50 | 2.25 | 1.35 | 3.00 |
 | 8 | 1.75 | 2.63 | 1.16 | 1.75 |
 
-(`python -m step3p5.plan` counts them for a case.) MAX's own dispatch and combine send to experts: its buffers have a
-row for every token and expert, 20 GB on each device for 8192 tokens of each, and `top_k` products of a token come back.
-That is never less than gathering, and up to four times as much. Sending each token only to the devices that have
-experts of it has nothing to win on 2 devices and a tenth on 4. On 8 it would save a third: of 128 tokens 1.4 us a layer
-over 450 GB/s, of 8192 tokens 88 us. It takes counts that only the devices know, buffers for the worst routing, and
-kernels of its own.
+(`python -m step3p5.plan` counts them for a case.) MAX's reduce-scatter takes only devices with equally many tokens, as
+they have in captured decode steps and seldom elsewhere; with an all-reduce in its place gathering costs up to twice the
+bytes. MAX's own dispatch and combine send to experts: their buffers have a row for every token and expert, 20 GB on
+each device for 8192 tokens of each, and `top_k` products of a token come back. So a token is sent once to each device
+that has experts of it, and one sum comes back from each (`layers/dispatch.py`), by kernels of this project.
 """
 
 from __future__ import annotations
@@ -76,8 +75,11 @@ class Collective(StrEnum):
     ALL_GATHER = "all-gather"
     """Every device has its own rows (or columns), and gets those of all."""
 
-    REDUCE_SCATTER = "reduce-scatter"
-    """Every device has a partial sum of all rows, and gets the sum of its own rows."""
+    DISPATCH = "dispatch"
+    """Every device has its own tokens, and gets those of all that have experts on it."""
+
+    COMBINE = "combine"
+    """Every device has its experts' sums for the tokens that it got, and gets the sums of its own tokens."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ class ParallelPlan:
         if not self.placements[f"{prefix}moe.down_proj.weight"].is_cut:
             return LayerPlan(after_attention, None, None, shared_is_partial)
         if self.own_requests:
-            return LayerPlan(after_attention, Collective.ALL_GATHER, Collective.REDUCE_SCATTER, shared_is_partial)
+            return LayerPlan(after_attention, Collective.DISPATCH, Collective.COMBINE, shared_is_partial)
         return LayerPlan(after_attention, None, Collective.ALL_REDUCE, shared_is_partial)
 
     def _placement(self, name: str, spec: TensorSpec) -> Placement:

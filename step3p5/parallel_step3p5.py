@@ -27,6 +27,7 @@ from .layers.parallel_decoder import ParallelDecoderLayer
 from .layers.placement import place_weights
 from .layers.rope import rope_table
 from .layers.vocabulary import embed_part
+from .mailboxes import mailbox_types
 from .model_config import Step3p5Config
 from .parallel_plan import ParallelPlanError
 from .step3p5 import index_within_cache, layers_of_equal_shape, rope_configs, swiglu_limits
@@ -93,6 +94,8 @@ class ParallelStep3p5(TracedModule):
         requests: Sequence[TensorValue],
         signals: Sequence[BufferValue],
         kv_collections: Mapping[AttentionKind, Sequence[PagedCacheValues]],
+        mailboxes: Sequence[BufferValue] = (),
+        addresses: Sequence[TensorValue] = (),
     ) -> tuple[TensorValue, ...]:
         """Runs a ragged batch.
 
@@ -104,6 +107,8 @@ class ParallelStep3p5(TracedModule):
                 `[devices + 1]` int64, where every device's requests begin; else nothing.
             signals: See `Exchange`.
             kv_collections: The devices' paged caches of each kind of attention.
+            mailboxes: Every GPU's where they have requests of their own, else nothing; see `MailboxDispatch`.
+            addresses: Where the mailboxes lie, or nothing.
 
         Returns:
             See `Step3p5`; on the first device.
@@ -116,7 +121,7 @@ class ParallelStep3p5(TracedModule):
             embed_part(all_tokens[i], part.weight, self.plan.placements[EMBEDDING], i)
             for i, part in enumerate(self.embed_parts)
         ]
-        h = exchange(self.plan.after_embedding, h, h)
+        h = exchange(self.plan.after_embedding, h)
         row_bounds: list[TensorValue] = []
         if self.plan.own_requests:
             host_offsets, splits = requests[0].cast(DType.int64), requests[1]
@@ -135,6 +140,8 @@ class ParallelStep3p5(TracedModule):
                 *swiglu_limits(layers[index]),
                 list(signals),
                 row_bounds,
+                list(mailboxes),
+                list(addresses),
                 tables[attention.rope] if attention.rope is not None else [],
             ]
 
@@ -161,7 +168,7 @@ class ParallelStep3p5(TracedModule):
 
     def _head(self, x: list[TensorValue], signals: Sequence[BufferValue]) -> list[TensorValue]:
         exchange = Exchange(signals)
-        x = exchange(self.plan.before_head, x, x)
+        x = exchange(self.plan.before_head, x)
         logits = [part(x[i]) for i, part in enumerate(self.head_parts)]
         return exchange.join_columns(self.plan.after_head, logits)
 
@@ -187,11 +194,14 @@ class ParallelStep3p5(TracedModule):
         fields = ["tokens", "row_offsets", "return_n_logits"]
         if self.plan.own_requests:
             fields += ["host_row_offsets", "data_parallel_splits"]
-        return OrderedDict(
+        tree: OrderedDict[str, object] = OrderedDict(
             batch=ragged_batch_inputs(self.devices[0], fields, data_parallel_degree=len(self.devices)),
             signals=signal_inputs(self._accelerators),
             kv=self.kv_params.get_symbolic_inputs(),
         )
+        if self.plan.own_requests and self._accelerators:
+            tree["mailboxes"] = mailbox_types(self.devices)
+        return tree
 
     @override
     def call_with(self, *inputs: Value[Any]) -> tuple[TensorValue, ...]:
@@ -199,7 +209,9 @@ class ParallelStep3p5(TracedModule):
         tokens, input_row_offsets, return_n_logits, *rest = inputs
         num_requests = 2 * self.plan.own_requests
         num_others = num_requests + len(self._accelerators)
-        collections = self.kv_params.unflatten_basic_kv_tree(iter(rest[num_others:]))
+        others = iter(rest[num_others:])
+        collections = self.kv_params.unflatten_basic_kv_tree(others)
+        *mailboxes, addresses = list(others) or [None]
         kinds = [AttentionKind(kind) for kind in self.kv_params.children]
         return self(
             tokens.tensor,
@@ -208,4 +220,6 @@ class ParallelStep3p5(TracedModule):
             [value.tensor for value in rest[:num_requests]],
             [value.buffer for value in rest[num_requests:num_others]],
             dict(zip(kinds, collections, strict=True)),
+            [mailbox.buffer for mailbox in mailboxes],
+            [] if addresses is None else [addresses.tensor],
         )

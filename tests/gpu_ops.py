@@ -30,7 +30,10 @@ from max.nn.kv_cache import PagedCacheValues
 
 from step3p5 import kernels
 from step3p5.layer_config import RopeConfig
+from step3p5.layers.dispatch import MailboxDispatch
+from step3p5.layers.moe import RoutedTokens
 from step3p5.layers.rope import rope_table
+from step3p5.mailboxes import mailbox_types
 
 GPU = DeviceRef.GPU()
 TOP_K, HEADS, KEY_HEADS, HEAD_DIM, ROTARY_DIM, PAGE_SIZE = 8, 8, 2, 128, 64, 128
@@ -134,6 +137,40 @@ def attention(values: Sequence[Value[Any]], window: int | None) -> TensorValue:
     return kernels.attention(q, row_offsets, paged_cache(values), layer, window, HEAD_DIM**-0.5)
 
 
+def dispatch_inputs(num_devices: int) -> list[TensorType | BufferType]:
+    """Where every device's tokens begin, their mailboxes with addresses, every device's tokens with their experts."""
+    routed = [
+        of_input
+        for i in range(num_devices)
+        for of_input in (
+            TensorType(DType.bfloat16, (f"own_{i}", "own_H"), GPU),
+            TensorType(DType.int32, (f"own_{i}", TOP_K), GPU),
+            TensorType(DType.float32, (f"own_{i}", TOP_K), GPU),
+        )
+    ]
+    bounds = TensorType(DType.int64, (num_devices + 1,), DeviceRef.CPU())
+    return [bounds, *mailbox_types([GPU] * num_devices), *routed]
+
+
+def dispatch(values: Sequence[Value[Any]], num_devices: int, num_experts: int) -> list[TensorValue]:
+    """Tokens to the experts and back, all devices being one GPU, each expert the identity: `x * sum(weights)`."""
+    bounds, *rest = values
+    mailboxes, addresses = rest[:num_devices], rest[num_devices]
+    tokens = iter(value.tensor for value in rest[num_devices + 1 :])
+    each = num_experts // num_devices
+    way = MailboxDispatch(
+        [range(i * each, (i + 1) * each) for i in range(num_devices)],
+        bounds.tensor,
+        [mailbox.buffer for mailbox in mailboxes],
+        addresses.tensor,
+    )
+    own = [RoutedTokens(next(tokens), next(tokens), next(tokens)) for _ in range(num_devices)]
+    way.send(own)
+    received = way.receive(own)
+    sums = [of.x.cast(DType.float32) * ops.sum(of.weights, axis=-1) for of in received]
+    return way.combine(sums, received, own)
+
+
 def all_ops() -> Graph:
     """Every op, the products in bfloat16 and in float32."""
     parts: list[tuple[Callable[..., list[TensorValue]], list[TensorType]]] = [
@@ -142,10 +179,12 @@ def all_ops() -> Graph:
         (rope, rope_inputs()),
     ]
     inputs = [of_input for _, types in parts for of_input in types]
-    with Graph("all_ops", input_types=[*inputs, *attend_inputs()]) as graph:
+    others = len(inputs) + len(attend_inputs())
+    with Graph("all_ops", input_types=[*inputs, *attend_inputs(), *dispatch_inputs(2)]) as graph:
         values = iter([value.tensor for value in graph.inputs[: len(inputs)]])
         results = [result for build, types in parts for result in build(*(next(values) for _ in types))]
-        graph.output(*results, attend(graph.inputs[len(inputs) :], window=0))
+        results.append(attend(graph.inputs[len(inputs) : others], window=0))
+        graph.output(*results, *dispatch(graph.inputs[others:], num_devices=2, num_experts=16))
     return graph
 
 

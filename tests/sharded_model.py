@@ -26,6 +26,9 @@ Array = npt.NDArray[Any]
 Parts = list[Array]
 """One array a device."""
 
+Routed = tuple[Array, Array, Array]
+"""Tokens, their experts and the weights of these."""
+
 SCALING_FACTOR = 3.0
 """The router's; a constant of the compiled graph."""
 
@@ -36,7 +39,11 @@ def _tensor(*shape: str, dtype: DType = DType.float32) -> TensorType:
 
 def _route(logits: TensorValue, bias: TensorValue, chosen: TensorValue) -> list[TensorValue]:
     ids, weights = kernels.route(logits, bias, top_k=chosen.shape[0], normalize=True, scale=SCALING_FACTOR)
-    return [ids, weights, *kernels.group(ids, num_experts=logits.shape[1])]
+    return [ids, weights]
+
+
+def _group(ids: TensorValue, experts: TensorValue) -> list[TensorValue]:
+    return list(kernels.group(ids, num_experts=experts.shape[0]))
 
 
 def _experts(
@@ -60,6 +67,7 @@ _OPS: Mapping[str, tuple[Callable[..., list[TensorValue]], list[TensorType]]] = 
         [_tensor("swiglu_T", "swiglu_K"), _tensor("swiglu_M", "swiglu_K"), _tensor("swiglu_M", "swiglu_K"), _LIMIT],
     ),
     "route": (_route, [_tensor("route_T", "route_E"), _tensor("route_E"), _tensor("route_K")]),
+    "group": (_group, [_tensor("group_T", "group_K", dtype=DType.int32), _tensor("group_E")]),
     "experts": (
         _experts,
         [
@@ -146,9 +154,9 @@ class ShardedModel:
         for layer in self.model.layers:
             h = self._decoder_layer(h, layer, lengths, rows)
         x = [self._norm(device, h[device], "model.norm.weight") for device in self.devices]
-        x = exchange(self.plan.before_head, x, rows)
+        x = exchange(self.plan.before_head, x)
         parts = [self._linear(device, x[device], "lm_head.weight") for device in self.devices]
-        return exchange(self.plan.after_head, parts, rows, axis=1)[-1]
+        return exchange(self.plan.after_head, parts, axis=1)[-1]
 
     def _embed(self, tokens: Array, rows: list[int]) -> Parts:
         """Every device looks up the tokens that its part of the vocabulary has, then keeps its own rows."""
@@ -158,7 +166,7 @@ class ShardedModel:
             local = tokens - (device * len(table) if self.plan.placements["model.embed_tokens.weight"].is_cut else 0)
             here = (local >= 0) & (local < len(table))
             parts.append(np.where(here[:, None], table[np.where(here, local, 0)], 0))
-        h = exchange(self.plan.after_embedding, parts, rows)
+        h = exchange(self.plan.after_embedding, parts)
         if not self.plan.own_requests:
             return h
         ends = np.cumsum(rows)
@@ -168,19 +176,24 @@ class ShardedModel:
         of_layer, prefix = self.plan.layers[layer.index], f"model.layers.{layer.index}."
         x = [self._norm(device, h[device], prefix + "input_layernorm.weight") for device in self.devices]
         y = [self._attention(device, x[device], layer, lengths[device]) for device in self.devices]
-        h = _add(h, exchange(of_layer.after_attention, y, rows))
+        h = _add(h, exchange(of_layer.after_attention, y))
 
         x = [self._norm(device, h[device], prefix + "post_attention_layernorm.weight") for device in self.devices]
         if not isinstance(layer.mlp, MoEConfig):
             y = [self._mlp(device, x[device], prefix + "mlp.", layer.mlp.swiglu_limit) for device in self.devices]
-            return _add(h, exchange(of_layer.after_mlp, y, rows))
+            return _add(h, exchange(of_layer.after_mlp, y))
         limit = layer.mlp.shared_expert.swiglu_limit
         shared = [self._mlp(device, x[device], prefix + "share_expert.", limit) for device in self.devices]
-        all_x = exchange(of_layer.before_mlp, x, rows)
-        y = [self._moe(device, all_x[device], prefix + "moe.", layer.mlp) for device in self.devices]
+        routed = [self._route(device, x[device], prefix + "moe.", layer.mlp) for device in self.devices]
+        if of_layer.before_mlp is Collective.DISPATCH:
+            experts = [self.plan.experts(layer.mlp, device) for device in self.devices]
+            sent = dispatch(routed, experts)
+            y = [self._moe(device, sent[device], prefix + "moe.", layer.mlp) for device in self.devices]
+            return _add(h, _add(combine(y, [ids for _, ids, _ in routed], experts), shared))
+        y = [self._moe(device, routed[device], prefix + "moe.", layer.mlp) for device in self.devices]
         if of_layer.shared_expert_is_partial:
-            return _add(h, exchange(of_layer.after_mlp, _add(y, shared), rows))
-        return _add(h, _add(exchange(of_layer.after_mlp, y, rows), shared))
+            return _add(h, exchange(of_layer.after_mlp, _add(y, shared)))
+        return _add(h, _add(exchange(of_layer.after_mlp, y), shared))
 
     def _attention(self, device: int, x: Array, layer: LayerConfig, lengths: list[int]) -> Array:
         prefix, reading = f"model.layers.{layer.index}.self_attn.", self.reference.plan(layer.index)
@@ -206,13 +219,17 @@ class ShardedModel:
         (hidden,) = self.ops("swiglu", x, gate, up, limit or np.inf)
         return self._linear(device, hidden, prefix + "down_proj.weight")
 
-    def _moe(self, device: int, x: Array, prefix: str, moe: MoEConfig) -> Array:
+    def _route(self, device: int, x: Array, prefix: str, moe: MoEConfig) -> Routed:
         logits = self._linear(device, x, prefix + "gate.weight")
-        bias = self.shards[device][prefix + "router_bias"]
-        _, weights, rows, offsets = self.ops("route", logits, bias, np.zeros(moe.top_k))
+        ids, weights = self.ops("route", logits, self.shards[device][prefix + "router_bias"], np.zeros(moe.top_k))
+        return x, ids, weights
+
+    def _moe(self, device: int, tokens: Routed, prefix: str, moe: MoEConfig) -> Array:
+        x, ids, weights = tokens
         local = self.plan.experts(moe, device)
         matrices = [self.shards[device][f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down")]
         assert all(len(matrix) == len(local) for matrix in matrices)
+        rows, offsets = self.ops("group", ids, np.zeros(moe.num_experts))
         offsets = offsets[local.start : local.stop + 1]
         return self.ops("experts", x, *matrices, rows, offsets, weights, moe.swiglu_limit or np.inf)[0]
 
@@ -223,8 +240,8 @@ class ShardedModel:
         return rms_norm(x, self.shards[device][name], self.model.rms_norm_eps)
 
 
-def exchange(collective: Collective | None, parts: Parts, rows: list[int], axis: int = 0) -> Parts:
-    """What every device has after a collective on `parts`; `rows` are the devices' own numbers of tokens."""
+def exchange(collective: Collective | None, parts: Parts, axis: int = 0) -> Parts:
+    """What every device has after a collective on `parts`."""
     match collective:
         case None:
             return parts
@@ -232,8 +249,30 @@ def exchange(collective: Collective | None, parts: Parts, rows: list[int], axis:
             return [np.sum(parts, axis=0)] * len(parts)
         case Collective.ALL_GATHER:
             return [np.concatenate(parts, axis=axis)] * len(parts)
-        case Collective.REDUCE_SCATTER:
-            return np.split(np.sum(parts, axis=0), np.cumsum(rows)[:-1])
+        case _:
+            raise AssertionError(collective)
+
+
+def dispatch(routed: Sequence[Routed], experts: Sequence[range]) -> list[Routed]:
+    """All tokens as every device gets them: NaN for those that have no expert there."""
+    x, ids, weights = (np.concatenate(values) for values in zip(*routed, strict=True))
+    received = []
+    for here in experts:
+        are_here = np.isin(ids, here)
+        needed = are_here.any(axis=1, keepdims=True)
+        received.append((np.where(needed, x, np.nan), ids, np.where(are_here, weights, 0)))
+    return received
+
+
+def combine(sums: Parts, ids: Sequence[Array], experts: Sequence[range]) -> Parts:
+    """The sums of every device's own tokens, each from those devices alone that have experts of it."""
+    ends = np.cumsum([len(of_device) for of_device in ids])
+    results = []
+    for own, end in zip(ids, ends, strict=True):
+        rows = slice(end - len(own), end)
+        has_some = [np.isin(own, here).any(axis=1, keepdims=True) for here in experts]
+        results.append(np.sum([np.where(has, y[rows], 0) for has, y in zip(has_some, sums, strict=True)], axis=0))
+    return results
 
 
 def _add(left: Parts, right: Parts) -> Parts:

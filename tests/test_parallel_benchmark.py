@@ -101,7 +101,8 @@ def test_a_reference_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ("comm_allreduce_2stage_kernel", "all-reduce"),
         ("void all_gather<bf16>", "all-gather"),
-        ("reducescatter_kernel", "reduce-scatter"),
+        ("dispatch_gpu_send_tokens_A6A", "dispatch, send"),
+        ("combine_gpu_receive_sums_A6A", "combine, receive"),
         ("Memcpy PtoP (Device -> Device)", "copy between devices"),
         ("Memcpy DtoD (Device -> Device)", None),
         ("mo_broadcast_to_elementwise", None),

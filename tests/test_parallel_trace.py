@@ -13,14 +13,21 @@ from gpu_models import model_of, parallel_graph
 from max.graph import ops
 from test_parallel_plan import MODES, plan_of
 
+from step3p5.custom_ops import custom_op
+from step3p5.layers import dispatch
 from step3p5.parallel_plan import Collective
 
 OPERATIONS = {
     Collective.ALL_REDUCE: ["all-reduce"],
     Collective.ALL_GATHER: ["all-gather"],
-    # The other branch is for devices that do not have equally many rows.
-    Collective.REDUCE_SCATTER: ["reduce-scatter", "all-reduce"],
 }
+"""Of all devices together."""
+
+OPS = {
+    Collective.DISPATCH: ["step3p5_dispatch_send", "step3p5_dispatch_receive"],
+    Collective.COMBINE: ["step3p5_combine_send", "step3p5_combine_receive"],
+}
+"""Of every device."""
 
 
 @pytest.mark.parametrize("num_devices", [2, 8])
@@ -36,7 +43,9 @@ def test_the_graph_exchanges_what_the_plan_says(mode: str, num_devices: int, mon
         return count
 
     monkeypatch.setattr(ops.allreduce, "sum", counted("all-reduce", ops.allreduce.sum))
-    monkeypatch.setattr(ops.reducescatter, "sum", counted("reduce-scatter", ops.reducescatter.sum))
+    monkeypatch.setattr(
+        dispatch, "custom_op", lambda name, *rest, **keywords: counted(name, custom_op)(name, *rest, **keywords)
+    )
     monkeypatch.setattr(ops, "allgather", counted("all-gather", ops.allgather))
     parallel_graph(mode, num_devices)
 
@@ -47,23 +56,23 @@ def test_the_graph_exchanges_what_the_plan_says(mode: str, num_devices: int, mon
         for layer in plan.layers[: len(plan.model.layers)]
         for of in (layer.after_attention, layer.before_mlp, layer.after_mlp)
     ]
-    assert traced == Counter(chain.from_iterable(OPERATIONS[of] for of in planned if of is not None))
+    collectives = [of for of in planned if of is not None]
+    assert traced == Counter(chain.from_iterable(OPERATIONS.get(of) or OPS[of] * num_devices for of in collectives))
 
 
-def test_the_shared_expert_waits_for_no_exchange() -> None:
-    # What only the shared expert computes may run while the tokens travel to the experts and back.
+def test_the_shared_expert_stands_between_sending_and_receiving() -> None:
+    # So it runs while the tokens come, and needs nothing of what comes.
     graph = parallel_graph("dp-ep", 2)
-    (layer,) = [body for body in str(graph.module.mlir_module).split("mo.graph") if "distributed.reducescatter" in body]
-    lines = [line.split(" = ", 1) for line in layer.splitlines() if " = " in line]
-    after_exchange: set[str] = set()
-    shared = 0
-    for left, right in lines:
-        operands = set(re.findall(r"%\w+", right.split(" : ")[0]))
-        waits = "mo.distributed" in right or bool(operands & after_exchange)
-        if waits:
-            after_exchange |= set(re.findall(r"%\w+", left))
-        if '"step3p5_swiglu"' in right:
-            shared += 1
-            assert not waits
-    assert shared == 2
-    assert after_exchange
+    (layer,) = [body for body in str(graph.module.mlir_module).split("mo.graph") if "step3p5_dispatch_send" in body]
+    called = [
+        name
+        for name in re.findall(r'"step3p5_(\w+)"', layer)
+        if name.startswith(("dispatch", "combine")) or name == "swiglu"
+    ]
+    assert called == [
+        *2 * ["dispatch_send"],
+        *2 * ["swiglu"],
+        *2 * ["dispatch_receive"],
+        *2 * ["combine_send"],
+        *2 * ["combine_receive"],
+    ]

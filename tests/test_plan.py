@@ -169,14 +169,14 @@ def test_a_token_of_flash_reads_23_gigabytes() -> None:
 @pytest.mark.parametrize(
     ("mode", "hidden_states"),
     [
-        # Two for an all-reduce, one for a gather or scatter; the first two are the embedding's, the last one is the
-        # head's gather.
+        # Two for an all-reduce, one for a gather; the first two are the embedding's, the last one is the head's gather.
+        # A token is sent, and its sum comes back, where one of its 8 experts is among the 72 of 288 of a device.
         ("tp", 2 + 45 * 4),
         ("tp-ep", 2 + 45 * 4),
-        ("dp-ep", 2 + 42 * 2 + 1),
+        ("dp-ep", 2 + 42 * 2 * (1 - math.comb(216, 8) / math.comb(288, 8)) + 1),
     ],
 )
-def test_what_goes_over_the_links(mode: str, hidden_states: int) -> None:
+def test_what_goes_over_the_links(mode: str, hidden_states: float) -> None:
     step = decode_step(plan_of(mode, 4), BF16, H100, 8, 100)
     assert step.link_bytes == pytest.approx(0.75 * 8 * 2 * (hidden_states * 4096 + 128896))
     assert step.work[Part.LINKS].seconds == pytest.approx(step.link_bytes / 450e9)
@@ -196,14 +196,13 @@ def test_a_dispatch_is_that_of_all_choices(experts: int, top_k: int, devices: in
 
 
 @pytest.mark.parametrize("batch", [8, 512, 8192])
-@pytest.mark.parametrize(("count", "of_a_dispatch"), [(2, 1.01), (4, 1.11), (8, 1.52)])
-def test_the_exchange_of_the_plan_is_counted_beside_the_others(batch: int, count: int, of_a_dispatch: float) -> None:
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_the_exchange_of_the_plan_is_counted_beside_the_others(batch: int, count: int) -> None:
     case = Case(ModelSource("flash", FLASH, BF16), H100, count, "dp-ep", Load(batch, 8192))
     step = summary(case)["step"]
     ways = step["expert_exchange"]
-    assert ways["gather_and_scatter"] == pytest.approx(step["link_bytes_per_layer"]["moe"])
-    assert ways["gather_and_scatter"] < min(ways["gather_and_all_reduce"], 1.01 * ways["dispatch_to_experts"])
-    assert ways["gather_and_scatter"] < of_a_dispatch * ways["dispatch_to_devices"]
+    assert ways["dispatch_to_devices"] == pytest.approx(step["link_bytes_per_layer"]["moe"])
+    assert ways["dispatch_to_devices"] == min(ways.values())
 
 
 def test_a_mesh_of_links_is_as_fast_as_it_has_peers() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from max.graph import BufferValue, DeviceRef, TensorType, TensorValue, ops
+from max.graph import BufferValue, DeviceRef, TensorValue, ops
 
 from ..parallel_plan import Collective
 
@@ -21,17 +21,16 @@ class Exchange:
 
     Args:
         signals: Every accelerator's buffer that collectives synchronise through; none on the host.
-        row_bounds: `[devices + 1]` int64 on the host, where every device's own rows begin among all; `None` where all
-            devices have all rows.
     """
 
     signals: Sequence[BufferValue]
-    row_bounds: TensorValue | None = None
 
-    def __call__(
-        self, collective: Collective | None, values: Sequence[TensorValue], own: Sequence[TensorValue]
-    ) -> list[TensorValue]:
-        """The values after a collective over rows; `own` has as many rows as every device has of its own."""
+    def __call__(self, collective: Collective | None, values: Sequence[TensorValue]) -> list[TensorValue]:
+        """The values after a collective over rows.
+
+        Raises:
+            ValueError: The collective is one of `Dispatch`, for which values alone do not suffice.
+        """
         match collective:
             case None:
                 return list(values)
@@ -39,8 +38,8 @@ class Exchange:
                 return self._sum(values)
             case Collective.ALL_GATHER:
                 return self._join(values, axis=0)
-            case Collective.REDUCE_SCATTER:
-                return self._sum_own_rows(values, own)
+            case Collective.DISPATCH | Collective.COMBINE:
+                raise ValueError(f"collective: found {collective}, expected one of values alone. Use a Dispatch.")
 
     def join_columns(self, collective: Collective | None, values: Sequence[TensorValue]) -> list[TensorValue]:
         """Joins parts of the columns of the same rows."""
@@ -59,39 +58,3 @@ class Exchange:
         if self.signals:
             return ops.allgather(values, self.signals, axis=axis)
         return [ops.concat(values, axis=axis)] * len(values)
-
-    def _sum_own_rows(self, values: Sequence[TensorValue], own: Sequence[TensorValue]) -> list[TensorValue]:
-        """The sum of every device's own rows.
-
-        MAX's reduce-scatter cuts into equal parts. Devices whose requests do not have equally many tokens sum all rows
-        instead, each on twice as many bytes sent, and keep theirs. Captured decode steps, and prefills as long as the
-        scheduler allows, are equal. On the host the two ways are one.
-        """
-        assert self.row_bounds is not None
-        if not self.signals:
-            return self._own_parts(self._sum(values), own)
-        rows = self.row_bounds[1:] - self.row_bounds[:-1]
-        are_equal = ops.squeeze(ops.max(rows) == ops.min(rows), 0)
-        return ops.cond(
-            are_equal,
-            [
-                TensorType(value.dtype, of_device.shape, value.device)
-                for value, of_device in zip(values, own, strict=True)
-            ],
-            lambda: self._equal_parts(values, own),
-            lambda: self._own_parts(self._sum(values), own),
-        )
-
-    def _equal_parts(self, values: Sequence[TensorValue], own: Sequence[TensorValue]) -> list[TensorValue]:
-        parts = ops.reducescatter.sum(values, self.signals)
-        return [ops.rebind(part, of_device.shape) for part, of_device in zip(parts, own, strict=True)]
-
-    def _own_parts(self, values: Sequence[TensorValue], own: Sequence[TensorValue]) -> list[TensorValue]:
-        assert self.row_bounds is not None
-        return [
-            ops.slice_tensor(
-                value,
-                [(slice(self.row_bounds[device], self.row_bounds[device + 1]), own[device].shape[0]), slice(None)],
-            )
-            for device, value in enumerate(values)
-        ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, Weight, ops
 from max.nn.layer import Module
@@ -23,6 +25,28 @@ class ExpertWeights(Module):
 
     def __call__(self) -> TensorValue:
         return self.weight
+
+
+class RoutedTokens(NamedTuple):
+    """Tokens and the experts that the router chose for them."""
+
+    x: TensorValue
+    """Hidden states `[tokens, hidden_size]`."""
+
+    ids: TensorValue
+    """Experts `[tokens, top_k]`, int32."""
+
+    weights: TensorValue
+    """Their weights `[tokens, top_k]`, float32; zero for an expert that is not there."""
+
+    def only(self, experts: range) -> RoutedTokens:
+        """The same, as a device that has no more than these experts needs it."""
+        first, end = (
+            ops.constant(expert, DType.int32, device=self.ids.device) for expert in (experts.start, experts.stop)
+        )
+        are_here = ops.logical_and(self.ids >= first, self.ids < end)
+        nothing = ops.constant(0.0, DType.float32, device=self.ids.device)
+        return self._replace(weights=ops.where(are_here, self.weights, nothing))
 
 
 class MoE(Module):
@@ -55,15 +79,34 @@ class MoE(Module):
 
         Each token's experts are accumulated in float32.
         """
-        config = self.config
         chosen = self._assign(x)
-        offsets, weights = chosen.offsets, chosen.weights
-        if len(self.experts) < config.num_experts:
-            # The kernels go through the experts between the offsets; a weight of zero says that an expert is not there.
-            offsets = offsets[self.experts.start : self.experts.stop + 1]
-            weights = ops.where(self._is_here(chosen.ids), weights, ops.constant(0.0, DType.float32, device=x.device))
-        hidden = kernels.gate_up(x, self.gate_proj(), self.up_proj(), chosen.rows, offsets, limit)
-        return kernels.down(hidden, self.down_proj(), chosen.rows, offsets, weights)
+        tokens = RoutedTokens(x, chosen.ids, chosen.weights)
+        if len(self.experts) < self.config.num_experts:
+            tokens = tokens.only(self.experts)
+        return self._sum(tokens, chosen.rows, chosen.offsets, limit)
+
+    def route(self, x: TensorValue) -> RoutedTokens:
+        """The tokens `x [tokens, hidden_size]` with their experts, among all."""
+        config = self.config
+        ids, weights = kernels.route(
+            self._router_logits(x),
+            self.bias(),
+            top_k=config.top_k,
+            normalize=config.normalize_weights,
+            scale=config.router_scaling_factor,
+        )
+        return RoutedTokens(x, ids, weights)
+
+    def of_routed(self, tokens: RoutedTokens, limit: TensorValue) -> TensorValue:
+        """As a call, for tokens that a router has seen, with weights only for experts that are here."""
+        rows, offsets = kernels.group(tokens.ids, num_experts=self.config.num_experts)
+        return self._sum(tokens, rows, offsets, limit)
+
+    def _sum(self, tokens: RoutedTokens, rows: TensorValue, offsets: TensorValue, limit: TensorValue) -> TensorValue:
+        # The kernels go through the experts between the offsets; a weight of zero says that an expert is not there.
+        offsets = offsets[self.experts.start : self.experts.stop + 1]
+        hidden = kernels.gate_up(tokens.x, self.gate_proj(), self.up_proj(), rows, offsets, limit)
+        return kernels.down(hidden, self.down_proj(), rows, offsets, tokens.weights)
 
     def with_shared(self, x: TensorValue, shared: MLP, limit: TensorValue, shared_limit: TensorValue) -> TensorValue:
         """`self(x, limit) + shared(x, shared_limit)`, accumulated in float32; for a GPU that has all experts."""
@@ -99,12 +142,6 @@ class MoE(Module):
             normalize=config.normalize_weights,
             scale=config.router_scaling_factor,
         )
-
-    def _is_here(self, ids: TensorValue) -> TensorValue:
-        first, end = (
-            ops.constant(expert, DType.int32, device=ids.device) for expert in (self.experts.start, self.experts.stop)
-        )
-        return ops.logical_and(ids >= first, ids < end)
 
     def bias(self) -> TensorValue:
         """The router's selection bias, `[num_experts]` float32; zeros where the checkpoint has none."""

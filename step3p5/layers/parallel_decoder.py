@@ -9,8 +9,9 @@ from max.graph import BufferValue, DeviceRef, TensorValue, ops
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
 
 from ..layer_config import LayerConfig, MoEConfig
-from ..parallel_plan import ParallelPlan
+from ..parallel_plan import Collective, ParallelPlan
 from .decoder import DecoderLayer
+from .dispatch import Dispatch, HostDispatch, MailboxDispatch
 from .exchange import Exchange
 from .placement import place_weights
 
@@ -67,6 +68,8 @@ class ParallelDecoderLayer(DecoderLayer):
         shared_limit: TensorValue,
         signals: list[BufferValue],
         row_bounds: list[TensorValue],
+        mailboxes: list[BufferValue],
+        addresses: list[TensorValue],
         rope_tables: list[TensorValue],
     ) -> list[TensorValue]:
         """Runs the layer on lists of one value a device; see `DecoderLayer`.
@@ -79,33 +82,53 @@ class ParallelDecoderLayer(DecoderLayer):
             routed_limit: See `DecoderLayer`.
             shared_limit: See `DecoderLayer`.
             signals: See `Exchange`.
-            row_bounds: See `Exchange`; empty for `None`.
+            row_bounds: See `HostDispatch`; empty where all devices have all tokens.
+            mailboxes: See `MailboxDispatch`; empty on the host or where all devices have all tokens.
+            addresses: As `mailboxes`.
             rope_tables: Every device's table; empty where the layer does not rotate.
 
         Returns:
             Hidden states of every device's tokens.
         """
-        exchange = Exchange(signals, row_bounds[0] if row_bounds else None)
-        devices = range(len(self.parts))
+        exchange = Exchange(signals)
         tables = rope_tables or [None] * len(self.parts)
         y = [
             part.self_attn(part.input_layernorm(h[i]), cache_layer, kv_collections[i], tables[i], input_row_offsets[i])
             for i, part in enumerate(self.parts)
         ]
-        h = _add(h, exchange(self.plan.after_attention, y, h))
+        h = _add(h, exchange(self.plan.after_attention, y))
 
         x = [part.post_attention_layernorm(h[i]) for i, part in enumerate(self.parts)]
         if not isinstance(self.config.mlp, MoEConfig):
             y = [part.mlp(x[i], shared_limit) for i, part in enumerate(self.parts)]
-            return _add(h, exchange(self.plan.after_mlp, y, h))
+            return _add(h, exchange(self.plan.after_mlp, y))
+        if self.plan.before_mlp is Collective.DISPATCH:
+            experts = [part.moe.experts for part in self.parts]
+            dispatch: Dispatch = (
+                MailboxDispatch(experts, row_bounds[0], mailboxes, addresses[0])
+                if mailboxes
+                else HostDispatch(experts, row_bounds[0])
+            )
+            return _add(h, self._dispatched(x, routed_limit, shared_limit, dispatch))
         shared = [part.share_expert(x[i], shared_limit) for i, part in enumerate(self.parts)]
-        all_x = exchange(self.plan.before_mlp, x, h)
-        y = [part.moe(all_x[i], routed_limit) for i, part in enumerate(self.parts)]
+        y = [part.moe(x[i], routed_limit) for i, part in enumerate(self.parts)]
         if self.plan.shared_expert_is_partial:
             # In the experts' float32; what is exchanged has the type of the hidden states.
             y = _add(y, shared)
-        y = exchange(self.plan.after_mlp, [ops.cast(y[i], h[i].dtype) for i in devices], h)
+        y = exchange(self.plan.after_mlp, [ops.cast(of, x[i].dtype) for i, of in enumerate(y)])
         return _add(h, y if self.plan.shared_expert_is_partial else _add(y, shared))
+
+    def _dispatched(
+        self, x: list[TensorValue], routed_limit: TensorValue, shared_limit: TensorValue, dispatch: Dispatch
+    ) -> list[TensorValue]:
+        """The experts and the shared expert, where every device has tokens of its own."""
+        own = [part.moe.route(x[i]) for i, part in enumerate(self.parts)]
+        dispatch.send(own)
+        # Enqueued here, it runs while the others' tokens come.
+        shared = [part.share_expert(x[i], shared_limit) for i, part in enumerate(self.parts)]
+        received = dispatch.receive(own)
+        sums = [part.moe.of_routed(received[i], routed_limit) for i, part in enumerate(self.parts)]
+        return _add(dispatch.combine(sums, received, own), shared)
 
 
 def _add(left: Sequence[TensorValue], right: Sequence[TensorValue]) -> list[TensorValue]:

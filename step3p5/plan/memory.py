@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from step3p5.byte_account import drafting_tensors
 from step3p5.checkpoint_tensors import checkpoint_tensors
 from step3p5.layer_config import AttentionConfig, DenseMLPConfig, LayerConfig, MoEConfig
+from step3p5.mailbox_size import mailbox_bytes, most_tokens
 from step3p5.parallel_plan import ParallelPlan
 from step3p5.plan.gpus import GPU
 from step3p5.plan.weight_formats import WeightFormat
@@ -29,6 +30,9 @@ GRAPH_BYTES = 1e9
 PRODUCT_BYTES = 256 * 1024**2
 """Most memory for the expert products that wait for their sum: `PARTS_BYTES` of the kernels."""
 
+ROUTE_BYTES = 12
+"""Of an assignment: its expert, its weight and its place among the expert's."""
+
 SIGNAL_BYTES = 294_387_728
 """A device's signal buffer, through which collectives pass: `Signals.NUM_BYTES` of MAX 26.7."""
 
@@ -37,7 +41,8 @@ SIGNAL_BYTES = 294_387_728
 class DeviceMemory:
     """Bytes on the fullest device.
 
-    `cache` has the KV caches by the layers' kind of attention; `signals` are the buffers of the collectives.
+    `cache` has the KV caches by the layers' kind of attention; `signals` are the buffers of the collectives, mailboxes
+    included.
     """
 
     weights: float
@@ -88,9 +93,18 @@ def device_memory(
         ),
         cache=cache,
         activations=_activation_bytes(plan, weights, requests),
-        signals=SIGNAL_BYTES if plan.num_devices > 1 else 0.0,
+        signals=_signal_bytes(plan, weights, requests),
         graphs=GRAPH_BYTES,
     )
+
+
+def _signal_bytes(plan: ParallelPlan, weights: WeightFormat, requests: int) -> float:
+    if plan.num_devices == 1:
+        return 0.0
+    if not plan.own_requests:
+        return SIGNAL_BYTES
+    tokens = most_tokens(STEP_TOKENS, requests, whole_prompt=0)
+    return SIGNAL_BYTES + mailbox_bytes(plan.model, plan.num_devices, tokens, weights.itemsize)
 
 
 def requests_per_device(plan: ParallelPlan, batch: int) -> int:
@@ -164,13 +178,12 @@ def _mlp_bytes(plan: ParallelPlan, weights: WeightFormat, layer: LayerConfig, to
     moe, hidden = layer.mlp, plan.model.hidden_size
     name = f"model.layers.{layer.index}.moe.gate_proj.weight"
     width = plan.placements[name].shard_shape((moe.num_experts, moe.intermediate_size, hidden))[1]
+    logits = tokens * moe.num_experts * 4  # of the router, float32
+    received = 0
     if plan.own_requests:
         tokens *= plan.num_devices  # a device's experts see every replica's
+        received = tokens * hidden * weights.itemsize
     assignments = tokens * moe.top_k
     products = min(assignments * hidden * weights.itemsize, PRODUCT_BYTES)
-    return float(assignments * width * weights.itemsize + products + tokens * hidden * 4 + _router_bytes(moe, tokens))
-
-
-def _router_bytes(moe: MoEConfig, tokens: int) -> int:
-    """Float32 logits; experts, weights and rows of every assignment."""
-    return tokens * (moe.num_experts + 3 * moe.top_k) * 4
+    activations = assignments * width * weights.itemsize + products + tokens * hidden * 4
+    return float(logits + received + activations + assignments * ROUTE_BYTES)

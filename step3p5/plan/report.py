@@ -67,10 +67,9 @@ def summary(case: Case) -> dict[str, Any]:
 def link_bytes_per_layer(case: Case) -> dict[str, float]:
     """Bytes that every device sends in a dense and in a MoE layer of a decode step."""
     sent: dict[str, float] = {}
-    for position, layer in enumerate(case.source.model.layers):
+    for layer in case.source.model.layers:
         kind = "moe" if isinstance(layer.mlp, MoEConfig) else "dense"
-        of_layer = case.plan.layers[position]
-        sent.setdefault(kind, layer_sent_bytes(case.plan, of_layer, case.load.batch, case.source.weights.itemsize))
+        sent.setdefault(kind, layer_sent_bytes(case.plan, layer, case.load.batch, case.source.weights.itemsize))
     return sent
 
 
@@ -126,10 +125,10 @@ def text(case: Case) -> str:
     if (ways := expert_exchange_of(case)) is not None:
         lines += [
             "ways to the experts and back, kB that each device sends a layer:",
-            f"  {'gather, reduce-scatter (the plan)':<34}{ways.gather_and_scatter / 1e3:>10.1f}",
-            f"  {'gather, all-reduce':<34}{ways.gather_and_all_reduce / 1e3:>10.1f}",
-            f"  {'dispatch, combine: to devices':<34}{ways.dispatch_to_devices / 1e3:>10.1f}",
-            f"  {'dispatch, combine: to experts':<34}{ways.dispatch_to_experts / 1e3:>10.1f}",
+            f"  {'gather, reduce-scatter':<36}{ways.gather_and_scatter / 1e3:>10.1f}",
+            f"  {'gather, all-reduce':<36}{ways.gather_and_all_reduce / 1e3:>10.1f}",
+            f"  {'dispatch, combine: to devices (plan)':<36}{ways.dispatch_to_devices / 1e3:>10.1f}",
+            f"  {'dispatch, combine: to experts':<36}{ways.dispatch_to_experts / 1e3:>10.1f}",
         ]
     lines.append(
         f"at most {1 / step.seconds:.0f} tokens/s a request, {step.tokens_per_second:.0f} tokens/s for the node"

@@ -142,14 +142,13 @@ def _step(
             num_bytes[part] += stored / shape[0] * tokens
         else:
             num_bytes[part] += stored
-            # Even where devices have their own tokens, the head's parts and the routers before the experts see all.
-            seen = {TensorRole.LM_HEAD: all_logits, TensorRole.ROUTER: all_tokens}
-            multiplied *= seen.get(spec.role, tokens)
+            # Even where devices have their own tokens, the head's parts see all.
+            multiplied *= all_logits if spec.role is TensorRole.LM_HEAD else tokens
         flops[part] += multiplied
         flops_seconds[part] += multiplied / _rate(spec.role, weights, gpu)
     _add_attention(plan, weights, gpu, layers, Forward(requests, new_tokens, context), num_bytes, flops, flops_seconds)
     num_bytes[Part.LINKS] = head_sent_bytes(plan, all_tokens, all_logits, weights.itemsize) + sum(
-        layer_sent_bytes(plan, plan.layers[layer.index], all_tokens, weights.itemsize) for layer in layers
+        layer_sent_bytes(plan, layer, all_tokens, weights.itemsize) for layer in layers
     )
     rates = dict.fromkeys(Part, gpu.bandwidth) | {Part.LINKS: gpu.link_bandwidth(plan.num_devices) or math.inf}
     return Step(
