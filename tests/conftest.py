@@ -13,13 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sharded_model
+import test_attention_ops
+import test_cycle_graphs
+import test_mailboxes
+import test_moe_ops
 from gpu_compilation import HOPPER, Compilation, models
 from harness import Runner, silence_unknown, write_checkpoint
 from max.driver import CPU, Buffer, batch_inplace_copy
 from max.dtype import DType
+from max.engine import Model
 from max.pipelines import graph_input_stager
 from reference import Reference
 from server import LONG_FORM, Server
+from small_graphs import load_together
 from test_parallel_plan import MODES
 
 STEADY_SEED = 3
@@ -75,6 +82,13 @@ def steady_reference(steady: Path) -> Reference:
 
 
 @pytest.fixture(scope="session")
+def small_models() -> dict[str, Model]:
+    """The graphs of single ops that tests of several files run."""
+    of_files = (test_attention_ops, test_cycle_graphs, test_mailboxes, test_moe_ops, sharded_model)
+    return load_together({name: build for of_file in of_files for name, build in of_file.GRAPHS.items()})
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny: Path) -> Runner:
     """`tiny` in MAX on the CPU, up to three requests at a time."""
     return Runner(tiny)
@@ -104,7 +118,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     waiting = [item for item in session.items if "hopper_models" in getattr(item, "fixturenames", ())]
     if waiting and not session.config.option.collectonly:
         session.items.sort(key=waiting.__contains__)
-        session.stash[HOPPER_MODELS] = models(HOPPER, 2, ("whole", "mtp", *MODES))
+        session.stash[HOPPER_MODELS] = models(HOPPER, 2, ("ops", "whole", "mtp", *MODES))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -115,7 +129,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def hopper_models(request: pytest.FixtureRequest) -> Compilation:
-    """The compilation of the model for Hopper: on one device, with its drafts, and in every mode on two."""
+    """The compilation for Hopper: of every op, the model on one device, with its drafts, and in every mode on two."""
     return request.session.stash[HOPPER_MODELS]
 
 

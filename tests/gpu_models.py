@@ -1,6 +1,6 @@
 """The model's graphs on GPUs, and a program that compiles some of them for a target without one.
 
-    python tests/gpu_models.py cuda:sm_90a 2 whole tp tp-ep dp-ep
+    python tests/gpu_models.py cuda:sm_90a 2 ops whole tp tp-ep dp-ep
 
 Graphs that are compiled together share what is equal in them, which is nearly all of the time that they take. Virtual
 devices are a property of the process, so that every target needs one of its own.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,6 +25,7 @@ if __name__ == "__main__":
     set_virtual_device_target_arch(_arch)
     set_virtual_device_count(int(sys.argv[2]))
 
+from gpu_ops import all_ops
 from max import tree
 from max.driver import Accelerator
 from max.dtype import DType
@@ -130,15 +133,19 @@ def mtp_graphs(module: Module) -> Graph:
     return graph
 
 
+OTHERS: dict[str, Callable[[Module], Graph]] = {"ops": partial(all_ops, "ops"), "whole": whole_graph, "mtp": mtp_graphs}
+"""What is not a mode."""
+
+
 def compile_graphs(num_devices: int, names: list[str]) -> None:
-    """Compiles graphs for the process's virtual devices: `whole`, `mtp` or a mode."""
+    """Compiles graphs for the process's virtual devices: `ops` for all of them, `whole`, `mtp` or a mode."""
     module = Module()
     libraries: dict[Path, None] = {}
     for name in names:
         if name in MODES:
             graph = parallel_graph(name, num_devices, module)
         else:
-            graph = {"whole": whole_graph, "mtp": mtp_graphs}[name](module)
+            graph = OTHERS[name](module)
         libraries |= dict.fromkeys(graph.kernel_libraries_paths)
     session = InferenceSession(devices=[Accelerator(index) for index in range(num_devices)])
     session.compile(module, custom_extensions=list(libraries))

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 from max.driver import Accelerator
 from max.dtype import DType
 from max.engine import InferenceSession
-from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, Value, ops
+from max.graph import BufferType, DeviceRef, Graph, Module, TensorType, TensorValue, Value, ops
 from max.nn.kv_cache import PagedCacheValues
 
 from step3p5 import kernels
@@ -171,7 +171,7 @@ def dispatch(values: Sequence[Value[Any]], num_devices: int, num_experts: int) -
     return way.combine(sums, received, own)
 
 
-def all_ops() -> Graph:
+def all_ops(name: str, module: Module) -> Graph:
     """Every op, the products in bfloat16 and in float32."""
     parts: list[tuple[Callable[..., list[TensorValue]], list[TensorType]]] = [
         (experts, experts_inputs(DType.bfloat16)),
@@ -180,7 +180,8 @@ def all_ops() -> Graph:
     ]
     inputs = [of_input for _, types in parts for of_input in types]
     others = len(inputs) + len(attend_inputs())
-    with Graph("all_ops", input_types=[*inputs, *attend_inputs(), *dispatch_inputs(2)]) as graph:
+    types = [*inputs, *attend_inputs(), *dispatch_inputs(2)]
+    with Graph(name, input_types=types, module=module) as graph:
         values = iter([value.tensor for value in graph.inputs[: len(inputs)]])
         results = [result for build, types in parts for result in build(*(next(values) for _ in types))]
         results.append(attend(graph.inputs[len(inputs) : others], window=0))
@@ -189,7 +190,7 @@ def all_ops() -> Graph:
 
 
 if __name__ == "__main__":
-    InferenceSession(devices=[Accelerator()]).compile(all_ops())
+    InferenceSession(devices=[Accelerator()]).compile(all_ops("all_ops", Module()))
     sys.stdout.write("compiled")
     sys.stdout.flush()
     os._exit(0)  # with virtual devices, MAX's threads can abort the interpreter's ordinary exit

@@ -6,17 +6,16 @@ that a device has. What the devices exchange is added or joined here as the plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from max.driver import CPU, Buffer
 from max.dtype import DType
-from max.engine import InferenceSession
-from max.graph import DeviceRef, Graph, TensorType, TensorValue
+from max.graph import DeviceRef, TensorType, TensorValue
 from reference import Reference, apply_rope, attention, rms_norm, sigmoid
+from small_graphs import Ops, graph_of
 
 from step3p5 import kernels
 from step3p5.layer_config import LayerConfig, ModelConfig, MoEConfig
@@ -60,51 +59,29 @@ def _experts(
 
 
 _LIMIT = _tensor()
-_OPS: Mapping[str, tuple[Callable[..., list[TensorValue]], list[TensorType]]] = {
-    "linear": (lambda x, w: [kernels.linear(x, w)], [_tensor("linear_T", "linear_K"), _tensor("linear_N", "linear_K")]),
-    "swiglu": (
+GRAPHS = {
+    "sharded_linear": graph_of(lambda x, w: [kernels.linear(x, w)], [_tensor("T", "K"), _tensor("N", "K")]),
+    "sharded_swiglu": graph_of(
         lambda x, gate, up, limit: [kernels.swiglu(x, gate, up, limit)],
-        [_tensor("swiglu_T", "swiglu_K"), _tensor("swiglu_M", "swiglu_K"), _tensor("swiglu_M", "swiglu_K"), _LIMIT],
+        [_tensor("T", "K"), _tensor("M", "K"), _tensor("M", "K"), _LIMIT],
     ),
-    "route": (_route, [_tensor("route_T", "route_E"), _tensor("route_E"), _tensor("route_K")]),
-    "group": (_group, [_tensor("group_T", "group_K", dtype=DType.int32), _tensor("group_E")]),
-    "experts": (
+    "sharded_route": graph_of(_route, [_tensor("T", "E"), _tensor("E"), _tensor("K")]),
+    "sharded_group": graph_of(_group, [_tensor("T", "K", dtype=DType.int32), _tensor("E")]),
+    "sharded_experts": graph_of(
         _experts,
         [
-            _tensor("experts_T", "experts_H"),
-            _tensor("experts_E", "experts_M", "experts_H"),
-            _tensor("experts_E", "experts_M", "experts_H"),
-            _tensor("experts_E", "experts_H", "experts_M"),
-            _tensor("experts_TK", dtype=DType.int32),
-            _tensor("experts_E1", dtype=DType.int32),
-            _tensor("experts_T", "experts_K"),
+            _tensor("T", "H"),
+            _tensor("E", "M", "H"),
+            _tensor("E", "M", "H"),
+            _tensor("E", "H", "M"),
+            _tensor("TK", dtype=DType.int32),
+            _tensor("E1", dtype=DType.int32),
+            _tensor("T", "K"),
             _LIMIT,
         ],
     ),
 }
-
-
-class Ops:
-    """The package's ops in one compiled graph with symbolic sizes; a call runs one, the others on nothing."""
-
-    def __init__(self) -> None:
-        types = [of_input for _, inputs in _OPS.values() for of_input in inputs]
-        self.outputs: dict[str, slice] = {}
-        with Graph("sharded_model_ops", input_types=types) as graph:
-            values = iter([value.tensor for value in graph.inputs])
-            results: list[TensorValue] = []
-            for name, (build, inputs) in _OPS.items():
-                outputs = build(*(next(values) for _ in inputs))
-                self.outputs[name] = slice(len(results), len(results) + len(outputs))
-                results += outputs
-            graph.output(*results)
-        self.model = InferenceSession(devices=[CPU()]).load(graph)
-        self.idle = {name: [_nothing(of_input) for of_input in inputs] for name, (_, inputs) in _OPS.items()}
-
-    def __call__(self, op: str, *operands: Array | float) -> list[Array]:
-        given = self.idle | {op: [_contiguous(operand) for operand in operands]}
-        buffers = [Buffer.from_numpy(array) for name in _OPS for array in given[name]]
-        return [output.to_numpy() for output in self.model.execute(*buffers)[self.outputs[op]]]
+"""The package's ops, with symbolic sizes."""
 
 
 def _contiguous(operand: Array | float) -> Array:
@@ -112,18 +89,11 @@ def _contiguous(operand: Array | float) -> Array:
     return np.array(array, array.dtype if array.dtype == np.int32 else np.float32, order="C")
 
 
-def _nothing(of_input: TensorType) -> Array:
-    """An operand without tokens: sizes named `…_T`, `…_TK` are 0, those of `E1` 2, all others 1."""
-    sizes = {"T": 0, "TK": 0, "E1": 2}
-    shape = [sizes.get(str(size).rpartition("_")[2], 1) for size in of_input.shape]
-    return np.zeros(shape, np.int32 if of_input.dtype == DType.int32 else np.float32)
-
-
 class ShardedModel:
     """The decoder on the devices of a plan.
 
     Args:
-        ops: The compiled ops.
+        ops: The compiled `GRAPHS`.
         plan: Where everything lies.
         reference: The same model whole: norm constants, rotary frequencies.
         tensors: Every tensor by its hub name.
@@ -216,12 +186,12 @@ class ShardedModel:
 
     def _mlp(self, device: int, x: Array, prefix: str, limit: float | None) -> Array:
         gate, up = (self.shards[device][f"{prefix}{name}_proj.weight"] for name in ("gate", "up"))
-        (hidden,) = self.ops("swiglu", x, gate, up, limit or np.inf)
+        (hidden,) = self._run("swiglu", x, gate, up, limit or np.inf)
         return self._linear(device, hidden, prefix + "down_proj.weight")
 
     def _route(self, device: int, x: Array, prefix: str, moe: MoEConfig) -> Routed:
         logits = self._linear(device, x, prefix + "gate.weight")
-        ids, weights = self.ops("route", logits, self.shards[device][prefix + "router_bias"], np.zeros(moe.top_k))
+        ids, weights = self._run("route", logits, self.shards[device][prefix + "router_bias"], np.zeros(moe.top_k))
         return x, ids, weights
 
     def _moe(self, device: int, tokens: Routed, prefix: str, moe: MoEConfig) -> Array:
@@ -229,12 +199,15 @@ class ShardedModel:
         local = self.plan.experts(moe, device)
         matrices = [self.shards[device][f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down")]
         assert all(len(matrix) == len(local) for matrix in matrices)
-        rows, offsets = self.ops("group", ids, np.zeros(moe.num_experts))
+        rows, offsets = self._run("group", ids, np.zeros(moe.num_experts))
         offsets = offsets[local.start : local.stop + 1]
-        return self.ops("experts", x, *matrices, rows, offsets, weights, moe.swiglu_limit or np.inf)[0]
+        return self._run("experts", x, *matrices, rows, offsets, weights, moe.swiglu_limit or np.inf)[0]
 
     def _linear(self, device: int, x: Array, name: str) -> Array:
-        return self.ops("linear", x, self.shards[device][name])[0]
+        return self._run("linear", x, self.shards[device][name])[0]
+
+    def _run(self, op: str, *operands: Array | float) -> list[Array]:
+        return self.ops.execute(op, *map(_contiguous, operands))
 
     def _norm(self, device: int, x: Array, name: str) -> Array:
         return rms_norm(x, self.shards[device][name], self.model.rms_norm_eps)

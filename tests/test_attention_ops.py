@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from max.driver import CPU, Buffer
+from max.driver import Buffer
 from max.dtype import DType
-from max.engine import InferenceSession
-from max.graph import BufferType, DeviceRef, Dim, Graph, TensorType, TensorValue
-from max.graph.dim import StaticDim
+from max.engine import Model
+from max.graph import BufferType, DeviceRef, TensorType, TensorValue
 from max.nn.kv_cache import PagedCacheValues
+from small_graphs import Ops, graph_of
 
 from step3p5 import kernels
 
@@ -25,7 +27,7 @@ def tensor(*shape: str | int, dtype: DType = DType.float32) -> TensorType:
     return TensorType(dtype, shape, DeviceRef.CPU())
 
 
-QKV_CASES = {"all": (True, True), "no norm": (False, True), "no rope": (True, False)}
+QKV_CASES = {"all": (True, True), "no_norm": (False, True), "no_rope": (True, False)}
 """Whether queries and keys are normed, and whether they are rotated."""
 
 
@@ -33,12 +35,12 @@ def linear4_types() -> list[TensorType | BufferType]:
     return [tensor("T", "K"), *(tensor(f"N{i}", f"K{i}") for i in range(4))]
 
 
-def qkv_types() -> list[TensorType | BufferType]:
+def heads_types() -> list[TensorType | BufferType]:
     query, key = QUERY_HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM
     return [
-        *(tensor("qkv_T", size) for size in (query, key, key)),
+        *(tensor("T", size) for size in (query, key, key)),
         *(tensor(HEAD_DIM) for _ in range(2)),
-        tensor("qkv_T", ROTARY_DIM),
+        tensor("T", ROTARY_DIM),
         tensor("R1", dtype=DType.uint32),
         BufferType(DType.float32, ["P", 2, LAYERS, PAGE_SIZE, KEY_HEADS, HEAD_DIM], DeviceRef.CPU()),
         tensor(1, dtype=DType.int64),
@@ -48,11 +50,10 @@ def qkv_types() -> list[TensorType | BufferType]:
     ]
 
 
-def qkv_graph(values: list[Any], normalize: bool, rotate: bool) -> TensorValue:
-    q, k, v, q_weight, k_weight, table, offsets = (value.tensor for value in values[:7])
-    stride, lengths, lookup, layer = (value.tensor for value in values[8:])
+def heads(*values: Any, normalize: bool, rotate: bool) -> list[TensorValue]:
+    q, k, v, q_weight, k_weight, table, offsets, blocks, stride, lengths, lookup, layer = values
     cache = PagedCacheValues(
-        kv_blocks=values[7].buffer,
+        kv_blocks=blocks,
         cache_lengths=lengths,
         lookup_table=lookup,
         max_prompt_length=stride,
@@ -60,51 +61,21 @@ def qkv_graph(values: list[Any], normalize: bool, rotate: bool) -> TensorValue:
         page_stride=stride,
     )
     norm = kernels.HeadNorm(q_weight, k_weight, EPS, 1.0) if normalize else None
-    return kernels.qkv(q, k, v, norm, table if rotate else None, offsets, cache, layer)
+    return [kernels.qkv(q, k, v, norm, table if rotate else None, offsets, cache, layer)]
 
 
-class Ops:
-    """All ops in one compiled graph; a call runs one of them, the others on operands without tokens."""
-
-    def __init__(self) -> None:
-        parts = {"linear4": linear4_types(), **{name: qkv_types() for name in QKV_CASES}}
-        self.idle: dict[str, list[Buffer]] = {
-            name: [Buffer.zeros([d if isinstance(d, int) else 0 for d in dims(t)], t.dtype) for t in types]
-            for name, types in parts.items()
-        }
-        for name in QKV_CASES:  # no request still has an offset
-            self.idle[name][6] = Buffer.zeros([1], DType.uint32)
-        types = [t for name, part in parts.items() for t in (renamed(t, name) for t in part)]
-        with Graph("attention_ops", input_types=types) as graph:
-            values = list(graph.inputs)
-            x, w0, w1, w2, w3 = (value.tensor for value in values[:5])
-            size = len(qkv_types())
-            heads = [
-                qkv_graph(values[5 + i * size : 5 + (i + 1) * size], *case) for i, case in enumerate(QKV_CASES.values())
-            ]
-            graph.output(*kernels.linear4(x, w0, w1, w2, w3), *heads)
-        self.model = InferenceSession(devices=[CPU()]).load(graph)
-
-    def run(self, part: str, *operands: Array | Buffer) -> list[Array]:
-        buffers = [v if isinstance(v, Buffer) else Buffer.from_numpy(v) for v in operands]
-        given = self.idle | {part: buffers}
-        outputs = [output.to_numpy() for output in self.model.execute(*(v for name in self.idle for v in given[name]))]
-        return outputs[:4] if part == "linear4" else [outputs[4 + list(QKV_CASES).index(part)]]
+GRAPHS = {
+    "attention_linear4": graph_of(kernels.linear4, linear4_types()),
+    **{
+        f"attention_{name}": graph_of(partial(heads, normalize=normalize, rotate=rotate), heads_types())
+        for name, (normalize, rotate) in QKV_CASES.items()
+    },
+}
 
 
-def dims(of: TensorType | BufferType) -> list[int | str]:
-    return [int(dim) if isinstance(dim, StaticDim) else str(dim) for dim in map(Dim, of.shape)]
-
-
-def renamed(of: TensorType | BufferType, part: str) -> TensorType | BufferType:
-    """Symbolic sizes of a part's own."""
-    shape = [dim if isinstance(dim, int) else f"{part.replace(' ', '_')}_{dim}" for dim in dims(of)]
-    return type(of)(of.dtype, shape, DeviceRef.CPU())
-
-
-@pytest.fixture(scope="module")
-def compiled() -> Ops:
-    return Ops()
+@pytest.fixture(scope="session")
+def compiled(small_models: Mapping[str, Model]) -> Ops:
+    return Ops(small_models, "attention")
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 100])
@@ -112,7 +83,6 @@ def compiled() -> Ops:
 def test_four_matrices_at_once(compiled: Ops, tokens: int, sizes: tuple[int, ...], rng: np.random.Generator) -> None:
     x = rng.standard_normal((tokens, 37), np.float32)
     matrices = [rng.standard_normal((size, 37), np.float32) for size in sizes]
-    compiled.run("linear4", np.full_like(x, np.nan), *matrices)  # leaves NaN where the results will lie
     for found, w in zip(compiled.run("linear4", x, *matrices), matrices, strict=True):
         np.testing.assert_allclose(found, x.astype(np.float64) @ w.T, rtol=0, atol=1e-5)
 
@@ -148,7 +118,7 @@ def test_heads_are_normed_rotated_and_stored(compiled: Ops, name: str, rng: np.r
     before = rng.standard_normal((15, 2, LAYERS, PAGE_SIZE, KEY_HEADS, HEAD_DIM), np.float32)
     blocks = Buffer.from_numpy(before.copy())
     offsets = np.concatenate([[0], np.cumsum(new)]).astype(np.uint32)
-    (result,) = compiled.run(
+    (result,) = compiled.execute(
         name,
         *(q, k, v, *weights, table, offsets, blocks),
         *(np.array([-1]), np.array(lengths, np.uint32), lookup, np.array(layer, np.uint32)),

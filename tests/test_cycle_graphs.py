@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from max.driver import Buffer
 from max.dtype import DType
-from max.engine import InferenceSession, Model
+from max.engine import Model
 from max.graph import DeviceRef
+from small_graphs import BuildGraph
 
 from step3p5.speculation.cycle_graphs import Acceptance, GreedyDraw, Handover
 
@@ -15,19 +18,27 @@ DEEPEST = (2, 3)
 VOCAB, HIDDEN, KNOWN = 40, 8, 36
 
 
-def load(module: Acceptance | GreedyDraw | Handover, name: str) -> Model:
-    # By the name that the model gives it: MAX's cache of compiled graphs does not tell graphs apart by their names.
-    return InferenceSession().load(module.trace(*module.input_types(), name=name))
+def traced(part: Acceptance | GreedyDraw | Handover) -> BuildGraph:
+    return lambda name, module: part.trace(*part.input_types(), name=name, module=module)
+
+
+GRAPHS = {
+    **{
+        f"cycle_acceptance_{deepest}": traced(Acceptance(deepest, HIDDEN, DType.float32, DeviceRef.CPU()))
+        for deepest in DEEPEST
+    },
+    "cycle_draw": traced(GreedyDraw(VOCAB, DeviceRef.CPU())),
+    "cycle_handover": traced(Handover(3, DeviceRef.CPU())),
+}
 
 
 @pytest.fixture(scope="module", params=DEEPEST)
-def acceptance(request: pytest.FixtureRequest) -> tuple[int, Model]:
-    deepest = int(request.param)
-    return deepest, load(Acceptance(deepest, HIDDEN, DType.float32, DeviceRef.CPU()), "step3p5_mtp_acceptance")
+def acceptance(request: pytest.FixtureRequest, small_models: Mapping[str, Model]) -> tuple[int, Model]:
+    return request.param, small_models[f"cycle_acceptance_{request.param}"]
 
 
-def test_greedy_draws_have_words(rng: np.random.Generator) -> None:
-    model = load(GreedyDraw(VOCAB, DeviceRef.CPU()), "step3p5_mtp_draw")
+def test_greedy_draws_have_words(small_models: Mapping[str, Model], rng: np.random.Generator) -> None:
+    model = small_models["cycle_draw"]
     logits = rng.standard_normal((7, VOCAB)).astype(np.float32)
     logits[:, KNOWN:] += 100
     (drawn,) = model.execute(Buffer.from_numpy(logits), Buffer.from_numpy(np.array([KNOWN])))
@@ -85,8 +96,8 @@ def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, bat
 
 
 @pytest.mark.parametrize("depth", range(4))
-def test_handover(rng: np.random.Generator, depth: int) -> None:
-    model, batch = load(Handover(3, DeviceRef.CPU()), "step3p5_mtp_handover"), 3
+def test_handover(small_models: Mapping[str, Model], rng: np.random.Generator, depth: int) -> None:
+    model, batch = small_models["cycle_handover"], 3
     window = rng.integers(100, size=(batch, 3))
     drafted = rng.integers(100, size=(3, batch))
     verified = Buffer.from_numpy(np.zeros(batch * (depth + 1), dtype=np.int64))

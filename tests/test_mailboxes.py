@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from gpu_ops import TOP_K
-from max.driver import CPU, Buffer
+from max.driver import CPU
 from max.dtype import DType
-from max.engine import InferenceSession, Model
-from max.graph import BufferType, DeviceRef, Graph, TensorType
+from max.engine import Model
+from max.graph import BufferType, BufferValue, DeviceRef, TensorType, TensorValue
+from small_graphs import Ops, graph_of
 from test_parallel_plan import FLASH
 from transformers import AutoConfig
 
@@ -28,25 +29,33 @@ HOST = DeviceRef.CPU()
 HIDDEN, EXPERTS = FLASH.hidden_size, 288
 
 
-@pytest.fixture(scope="module")
-def send() -> Model:
-    """Sends the tokens of one of several devices, all of them the host, where the op ends once it has checked all."""
-    types = [
-        BufferType(DType.uint8, ["bytes"], HOST),
-        TensorType(DType.int64, ["devices"], HOST),
-        TensorType(DType.float32, ["tokens", "hidden_size"], HOST),
-        TensorType(DType.int32, ["tokens", "top_k"], HOST),
-        TensorType(DType.float32, ["tokens", "top_k"], HOST),
-    ]
-    with Graph("send", input_types=types) as graph:
-        mailbox, addresses, *own = graph.inputs
-        way = MailboxDispatch([range(EXPERTS)], addresses.tensor, [mailbox.buffer], addresses.tensor)
-        way.send([RoutedTokens(*(value.tensor for value in own))])
-        graph.output()
-    return InferenceSession(devices=[CPU()]).load(graph)
+def send_tokens(mailbox: BufferValue, addresses: TensorValue, *own: TensorValue) -> list[TensorValue]:
+    way = MailboxDispatch([range(EXPERTS)], addresses, [mailbox], addresses)
+    way.send([RoutedTokens(*own)])
+    return []
 
 
-def sending(model: Model, num_bytes: int, devices: int, tokens: int, hidden: int = HIDDEN) -> Callable[[], Any]:
+GRAPHS = {
+    "mailbox_send": graph_of(
+        send_tokens,
+        [
+            BufferType(DType.uint8, ["bytes"], HOST),
+            TensorType(DType.int64, ["devices"], HOST),
+            TensorType(DType.float32, ["tokens", "hidden_size"], HOST),
+            TensorType(DType.int32, ["tokens", "top_k"], HOST),
+            TensorType(DType.float32, ["tokens", "top_k"], HOST),
+        ],
+    )
+}
+"""Sends the tokens of one of several devices, all of them the host, where the op ends once it has checked all."""
+
+
+@pytest.fixture(scope="session")
+def send(small_models: Mapping[str, Model]) -> Ops:
+    return Ops(small_models, "mailbox")
+
+
+def sending(send: Ops, num_bytes: int, devices: int, tokens: int, hidden: int = HIDDEN) -> Callable[[], Any]:
     operands = [
         np.zeros(num_bytes, np.uint8),
         np.zeros(devices, np.int64),
@@ -54,12 +63,12 @@ def sending(model: Model, num_bytes: int, devices: int, tokens: int, hidden: int
         np.zeros((tokens, TOP_K), np.int32),
         np.zeros((tokens, TOP_K), np.float32),
     ]
-    return lambda: model.execute(*map(Buffer.from_numpy, operands))
+    return lambda: send.execute("send", *operands)
 
 
 @pytest.mark.parametrize("devices", [2, 8])
 @pytest.mark.parametrize("tokens", [1, 128, 200])
-def test_a_mailbox_has_room_for_what_it_was_made_for(send: Model, devices: int, tokens: int) -> None:
+def test_a_mailbox_has_room_for_what_it_was_made_for(send: Ops, devices: int, tokens: int) -> None:
     num_bytes = mailbox_bytes(FLASH, devices, tokens, itemsize=4)
     with pytest.raises(Exception, match="on a CPU, expected a GPU"):
         sending(send, num_bytes, devices, tokens)()
@@ -77,7 +86,7 @@ def test_a_mailbox_has_room_for_what_it_was_made_for(send: Model, devices: int, 
     ],
 )
 def test_a_mailbox_of_another_model_is_refused(
-    send: Model, surplus: int, devices: int, hidden: int, message: str
+    send: Ops, surplus: int, devices: int, hidden: int, message: str
 ) -> None:
     num_bytes = mailbox_bytes(FLASH, 2, 128, itemsize=4) + surplus
     with pytest.raises(Exception, match=message):

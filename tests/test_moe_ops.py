@@ -1,20 +1,19 @@
 """The Mojo ops of the mixture-of-experts layer against numpy in float64.
 
-All ops are compiled once, in one graph with symbolic sizes. A run is preceded by one on NaN, so that outputs are
-allocated from memory that holds NaN.
+All sizes are symbolic. A run is preceded by one on NaN, so that outputs are allocated from memory that holds NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from expert_layer import LIMIT, Array, Layer, Operands, grouped
-from max.driver import CPU, Buffer
+from expert_layer import LIMIT, Array, Layer, grouped
 from max.dtype import DType
-from max.engine import InferenceSession
-from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
+from max.engine import Model
+from max.graph import DeviceRef, TensorType, TensorValue, ops
+from small_graphs import Ops, graph_of
 
 from step3p5 import kernels as graph_ops
 
@@ -55,64 +54,30 @@ def experts(
     return [act, limited, y, graph_ops.linear(x, gate[0]), graph_ops.swiglu(x, gate[0], up[0], limit)]
 
 
-def experts_inputs(part: str, dtype: DType) -> list[TensorType]:
+def experts_inputs(dtype: DType) -> list[TensorType]:
     """Every size has a name of its own, so that the ops are the ones to find a misfit."""
     float_sizes = [("T", "H"), ("E", "M", "gate_H"), ("up_E", "up_M", "up_H"), ("down_E", "down_H", "down_M")]
-    x, *matrices = [[f"{part}_{size}" for size in sizes] for sizes in float_sizes]
+    x, *matrices = float_sizes
     return [
         tensor(*x),
         *(tensor(*sizes, dtype=dtype) for sizes in matrices),
-        tensor(f"{part}_TK", dtype=DType.int32),
-        tensor(f"{part}_E1", dtype=DType.int32),
-        tensor(f"{part}_weights_T", f"{part}_K"),
+        tensor("TK", dtype=DType.int32),
+        tensor("E1", dtype=DType.int32),
+        tensor("weights_T", "K"),
     ]
 
 
-PARTS: dict[str, tuple[Callable[..., list[TensorValue]], list[TensorType]]] = {
-    "router": (router, [tensor("T", "E"), tensor("B"), tensor("K")]),
-    "grouping": (grouping, [tensor("group_T", "group_K", dtype=DType.int32), tensor("group_E")]),
-    "float32": (experts, experts_inputs("float32", DType.float32)),
-    "bfloat16": (experts, experts_inputs("bfloat16", DType.bfloat16)),
+GRAPHS = {
+    "moe_router": graph_of(router, [tensor("T", "E"), tensor("B"), tensor("K")]),
+    "moe_grouping": graph_of(grouping, [tensor("T", "K", dtype=DType.int32), tensor("E")]),
+    "moe_float32": graph_of(experts, experts_inputs(DType.float32)),
+    "moe_bfloat16": graph_of(experts, experts_inputs(DType.bfloat16)),
 }
 
 
-class Ops:
-    """All parts in one compiled graph; a call runs one of them, the others on operands without tokens."""
-
-    def __init__(self) -> None:
-        self.idle: dict[str, Operands] = {
-            "router": [np.zeros((0, 1), np.float32), np.zeros(1, np.float32), np.zeros(1, np.float32)],
-            "grouping": [np.zeros((0, 1), np.int32), np.zeros(1, np.float32)],
-        }
-        for dtype in (DType.float32, DType.bfloat16):
-            self.idle[dtype.name] = Layer(np.random.default_rng(), dtype, (0, 1, 1, 1, 1), 1).operands()
-        self.outputs: dict[str, slice] = {}
-        types = [of_input for _, inputs in PARTS.values() for of_input in inputs]
-        with Graph("moe_ops", input_types=types) as graph:
-            values = iter([v.tensor for v in graph.inputs])
-            results: list[TensorValue] = []
-            for name, (build, inputs) in PARTS.items():
-                outputs = build(*(next(values) for _ in inputs))
-                self.outputs[name] = slice(len(results), len(results) + len(outputs))
-                results += outputs
-            graph.output(*results)
-        self.model = InferenceSession(devices=[CPU()]).load(graph)
-
-    def execute(self, part: str, *operands: Array | Buffer) -> list[Array]:
-        given = self.idle | {part: list(operands)}
-        buffers = [v if isinstance(v, Buffer) else Buffer.from_numpy(v) for name in PARTS for v in given[name]]
-        return [output.to_numpy() for output in self.model.execute(*buffers)[self.outputs[part]]]
-
-    def run(self, part: str, *operands: Array | Buffer) -> list[Array]:
-        """Executes on freed memory full of NaN."""
-        nan = [np.full_like(v, np.nan) if isinstance(v, np.ndarray) and v.dtype == np.float32 else v for v in operands]
-        self.execute(part, *nan)
-        return self.execute(part, *operands)
-
-
 @pytest.fixture(scope="session")
-def kernels() -> Ops:
-    return Ops()
+def kernels(small_models: Mapping[str, Model]) -> Ops:
+    return Ops(small_models, "moe")
 
 
 @pytest.fixture(params=[DType.float32, DType.bfloat16], ids=["float32", "bfloat16"])

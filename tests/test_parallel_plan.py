@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,8 +14,10 @@ from flash_config import flash_config
 from harness import FIRST_TEXT_TOKEN, NEAR_TIE, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from max.engine import Model
 from reference import Float64, Reference
-from sharded_model import SCALING_FACTOR, Ops, ShardedModel
+from sharded_model import SCALING_FACTOR, ShardedModel
+from small_graphs import Ops
 
 from step3p5.checkpoint_tensors import TensorRole, checkpoint_tensors, mtp_tensors
 from step3p5.config_parser import parse_model_config
@@ -65,9 +68,9 @@ def plan_of(model: ModelConfig, mode: str, num_devices: int, blocks: QuantisedBl
     return parallel_plan(model, num_devices, ep_size or num_devices, num_devices if data_parallel else 1, blocks)
 
 
-@pytest.fixture(scope="module")
-def ops() -> Ops:
-    return Ops()
+@pytest.fixture(scope="session")
+def ops(small_models: Mapping[str, Model]) -> Ops:
+    return Ops(small_models, "sharded")
 
 
 def random_tensors(model: ModelConfig, rng: np.random.Generator) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from step3p5.byte_account import drafting_tensors
 from step3p5.checkpoint_tensors import checkpoint_tensors
-from step3p5.layer_config import AttentionConfig, DenseMLPConfig, LayerConfig, MoEConfig
+from step3p5.layer_config import AttentionConfig, DenseMLPConfig, LayerConfig
 from step3p5.mailbox_size import mailbox_bytes, most_tokens
 from step3p5.parallel_plan import ParallelPlan
 from step3p5.plan.gpus import GPU
