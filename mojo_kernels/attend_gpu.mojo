@@ -13,7 +13,7 @@ from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
 from std.math import ceildiv, exp
 from std.utils.numerics import neg_inf
 
-from .heads import PagedCache, request_of
+from .heads import PagedCache, paged_cache, request_of
 from .operands import Elements, elements, expect_size
 
 comptime WARPS = 4
@@ -179,9 +179,6 @@ struct Step3p5Attend:
             )
         if tokens == 0:
             return
-        var layer_size = kv_blocks.dim_size(3) * key_heads * head_dim
-        var value_offset = kv_blocks.dim_size(2) * layer_size
-        var stride = Int(page_stride[0])
         comptime if target == "cpu":
             raise Error(op, ": on a CPU, expected a GPU")
         else:
@@ -189,17 +186,7 @@ struct Step3p5Attend:
                 Queries(
                     elements(result.unsafe_ptr()),
                     elements(q.unsafe_ptr()),
-                    PagedCache(
-                        elements(kv_blocks.unsafe_ptr()).unsafe_offset(
-                            Int(layer) * layer_size
-                        ),
-                        stride if stride >= 0 else 2 * value_offset,
-                        value_offset,
-                        kv_blocks.dim_size(3),
-                        key_heads * head_dim,
-                        elements(lookup_table.unsafe_ptr()),
-                        lookup_table.dim_size(1),
-                    ),
+                    paged_cache(kv_blocks, page_stride, lookup_table, layer),
                     elements(row_offsets.unsafe_ptr()),
                     elements(cache_lengths.unsafe_ptr()),
                     cache_lengths.dim_size(0),

@@ -141,20 +141,9 @@ struct RowPair(Movable):
                 )
                 now[0] = max(now[0], scores[n][i])
                 now[1] = max(now[1], scores[n][2 + i])
-        now = of_quad[largest=True](now)
-        # A row that has seen no key yet: nothing to subtract.
-        var base = now.eq(neg_inf[DType.float32]()).select(
-            SIMD[DType.float32, 2](0), now
-        )
-        var shrink = exp2(self.largest - base)
-        self.largest = now
-        self.total *= shrink
-        comptime for n in range(HEAD_DIM // 8):
-            self.sums[n] *= TileSums(shrink[0], shrink[0], shrink[1], shrink[1])
+        var base = self.rebase(of_quad[largest=True](now))
         comptime for n in range(COUNT // 8):
-            scores[n] = exp2(
-                scores[n] - TileSums(base[0], base[0], base[1], base[1])
-            )
+            scores[n] = exp2(scores[n] - both_rows(base))
             self.total[0] += scores[n][0] + scores[n][1]
             self.total[1] += scores[n][2] + scores[n][3]
         comptime for k in range(COUNT // 16):
@@ -175,6 +164,29 @@ struct RowPair(Movable):
                 self.sums[n + 1] = multiply_add_words(
                     weights, b[2], b[3], self.sums[n + 1]
                 )
+
+    @always_inline
+    def rebase(
+        mut self, largest: SIMD[DType.float32, 2]
+    ) -> SIMD[DType.float32, 2]:
+        """Brings what was added up so far to larger scores; returns what is now to be subtracted from scores.
+        """
+        # A row that has seen no key yet: nothing to subtract.
+        var base = largest.eq(neg_inf[DType.float32]()).select(
+            SIMD[DType.float32, 2](0), largest
+        )
+        var shrink = exp2(self.largest - base)
+        self.largest = largest
+        self.total *= shrink
+        comptime for n in range(HEAD_DIM // 8):
+            self.sums[n] *= both_rows(shrink)
+        return base
+
+
+@always_inline
+def both_rows(values: SIMD[DType.float32, 2]) -> TileSums:
+    """A value of each row beside a lane's sums of both."""
+    return TileSums(values[0], values[0], values[1], values[1])
 
 
 @always_inline
@@ -251,24 +263,12 @@ def join_groups[
             (VALUES - 4) * WARP_SIZE
         ).unsafe_load[width=4, alignment=16]()
         var largest = softmax.slice[2]()
-        var now = max(rows.largest, largest)
-        var base = now.eq(neg_inf[DType.float32]()).select(
-            SIMD[DType.float32, 2](0), now
-        )
-        var mine = exp2(rows.largest - base)
-        var theirs = exp2(largest - base)
-        rows.largest = now
-        rows.total = rows.total * mine + softmax.slice[2, offset=2]() * theirs
-        var mine4 = TileSums(mine[0], mine[0], mine[1], mine[1])
-        var theirs4 = TileSums(theirs[0], theirs[0], theirs[1], theirs[1])
+        var weight = exp2(largest - rows.rebase(max(rows.largest, largest)))
+        rows.total += softmax.slice[2, offset=2]() * weight
         comptime for n in range(HEAD_DIM // 8):
-            rows.sums[n] = (
-                rows.sums[n] * mine4
-                + source.unsafe_offset(n * 4 * WARP_SIZE).unsafe_load[
-                    width=4, alignment=16
-                ]()
-                * theirs4
-            )
+            rows.sums[n] += source.unsafe_offset(n * 4 * WARP_SIZE).unsafe_load[
+                width=4, alignment=16
+            ]() * both_rows(weight)
 
 
 @always_inline

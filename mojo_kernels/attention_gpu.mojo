@@ -8,7 +8,7 @@ from max.gpu.host import DeviceContext
 
 from .attend_few_gpu import attend_few, few_fit
 from .attend_gpu import Queries
-from .heads import PagedCache
+from .heads import PagedCache, paged_cache
 from .key_tiles_gpu import HEAD_DIM
 from .operands import Elements, elements
 
@@ -79,27 +79,15 @@ struct Step3p5Attention:
                         most_tokens,
                     )
                 ):
-                    var layer_size = (
-                        kv_blocks.dim_size(3) * kv_blocks.dim_size(4) * HEAD_DIM
-                    )
-                    var value_offset = kv_blocks.dim_size(2) * layer_size
-                    var stride = Int(page_stride[0])
-                    var cache = PagedCache(
-                        bfloats(elements(kv_blocks.unsafe_ptr())).unsafe_offset(
-                            Int(layer) * layer_size
-                        ),
-                        stride if stride >= 0 else 2 * value_offset,
-                        value_offset,
-                        kv_blocks.dim_size(3),
-                        kv_blocks.dim_size(4) * HEAD_DIM,
-                        elements(lookup_table.unsafe_ptr()),
-                        lookup_table.dim_size(1),
-                    )
                     return attend_few(
                         Queries(
                             bfloats(elements(result.unsafe_ptr())),
                             bfloats(elements(q.unsafe_ptr())),
-                            cache,
+                            rebind[PagedCache[DType.bfloat16]](
+                                paged_cache(
+                                    kv_blocks, page_stride, lookup_table, layer
+                                )
+                            ),
                             elements(row_offsets.unsafe_ptr()),
                             elements(cache_lengths.unsafe_ptr()),
                             cache_lengths.dim_size(0),

@@ -1,8 +1,10 @@
 """Where projected heads come from and go to: queries to the op's result, keys and values to the paged cache."""
 
+from extensibility import InputTensor
+from extensibility import _MutableInputTensor as MutableInputTensor
 from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
 
-from .operands import Elements
+from .operands import Elements, elements
 
 
 @fieldwise_init
@@ -32,6 +34,31 @@ struct PagedCache[dtype: DType](TrivialRegisterPassable):
         return self.blocks.unsafe_offset(
             Int(page) * self.page_stride + Int(row) * self.row_size
         )
+
+
+def paged_cache[
+    dtype: DType
+](
+    kv_blocks: MutableInputTensor[dtype=dtype, rank=6, ...],
+    page_stride: InputTensor[dtype=DType.int64, rank=1, ...],
+    lookup_table: InputTensor[dtype=DType.uint32, rank=2, ...],
+    layer: UInt32,
+) -> PagedCache[dtype]:
+    """One layer of a cache as an op has it: `page_stride`, on the host, is -1 where pages are packed.
+    """
+    var row_size = kv_blocks.dim_size(4) * kv_blocks.dim_size(5)
+    var layer_size = kv_blocks.dim_size(3) * row_size
+    var value_offset = kv_blocks.dim_size(2) * layer_size
+    var stride = Int(page_stride[0])
+    return {
+        elements(kv_blocks.unsafe_ptr()).unsafe_offset(Int(layer) * layer_size),
+        stride if stride >= 0 else 2 * value_offset,
+        value_offset,
+        kv_blocks.dim_size(3),
+        row_size,
+        elements(lookup_table.unsafe_ptr()),
+        lookup_table.dim_size(1),
+    }
 
 
 @always_inline

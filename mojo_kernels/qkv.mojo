@@ -8,7 +8,7 @@ from std.math import sqrt
 from std.sys import size_of
 
 from .dot_tile import LANES, Lanes, load_row
-from .heads import HeadForm, Heads, PagedCache
+from .heads import HeadForm, Heads, paged_cache
 from .operands import Elements, elements, expect_size
 from .qkv_gpu import qkv_gpu
 from .tasks import piece_count, share
@@ -205,9 +205,6 @@ struct Step3p5Qkv:
             )
         if tokens == 0:
             return
-        var layer_size = kv_blocks.dim_size(3) * row_size
-        var value_offset = kv_blocks.dim_size(2) * layer_size
-        var stride = Int(page_stride[0])
         var heads = Heads(
             elements(result.unsafe_ptr()),
             elements(q.unsafe_ptr()),
@@ -216,17 +213,7 @@ struct Step3p5Qkv:
             result.dim_size(1),
             key_heads,
             head_dim,
-            PagedCache(
-                elements(kv_blocks.unsafe_ptr()).unsafe_offset(
-                    Int(layer) * layer_size
-                ),
-                stride if stride >= 0 else 2 * value_offset,
-                value_offset,
-                kv_blocks.dim_size(3),
-                row_size,
-                elements(lookup_table.unsafe_ptr()),
-                lookup_table.dim_size(1),
-            ),
+            paged_cache(kv_blocks, page_stride, lookup_table, layer),
             elements(row_offsets.unsafe_ptr()),
             elements(cache_lengths.unsafe_ptr()),
             cache_lengths.dim_size(0),

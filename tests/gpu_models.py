@@ -142,10 +142,7 @@ def compile_graphs(num_devices: int, names: list[str]) -> None:
     module = Module()
     libraries: dict[Path, None] = {}
     for name in names:
-        if name in MODES:
-            graph = parallel_graph(name, num_devices, module)
-        else:
-            graph = OTHERS[name](module)
+        graph = parallel_graph(name, num_devices, module) if name in MODES else OTHERS[name](module)
         libraries |= dict.fromkeys(graph.kernel_libraries_paths)
     session = InferenceSession(devices=[Accelerator(index) for index in range(num_devices)])
     session.compile(module, custom_extensions=list(libraries))
