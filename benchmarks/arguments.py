@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from max.driver import accelerator_count
 
+CPU_ENCODINGS = ("float32", "bfloat16")
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors come without the usage text."""
@@ -37,6 +39,20 @@ def positive_ints(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", text) or any(int(number) < 1 for number in text.split(",")):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected whole numbers of at least 1, such as 1,4,8")
     return tuple(dict.fromkeys(int(number) for number in text.split(",")))
+
+
+def encodings(text: str) -> tuple[str, ...]:
+    """Reads encodings of weights on a CPU, separated by commas.
+
+    Raises:
+        argparse.ArgumentTypeError: If one is unknown.
+    """
+    found = tuple(text.split(","))
+    if unknown := [one for one in found if one not in CPU_ENCODINGS]:
+        raise argparse.ArgumentTypeError(
+            f"found {unknown[0]!r}, expected {' or '.join(CPU_ENCODINGS)}, or both with a comma"
+        )
+    return found
 
 
 def devices(text: str) -> str:

@@ -15,30 +15,22 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-if "compile" in sys.argv[1:2]:
-    from max.driver import set_virtual_device_api, set_virtual_device_count, set_virtual_device_target_arch
-
-    set_virtual_device_api("cuda")
-    set_virtual_device_target_arch("sm_90a")
-    set_virtual_device_count(1)
 
 if "run" in sys.argv[1:2]:
     # PyTorch has the other half.
     os.environ.setdefault("MODULAR_DEVICE_CONTEXT_MEMORY_MANAGER_SIZE_PERCENT", "45")
 
-from max.driver import Accelerator
+from kernel_variants import OpBenchmark, Variant
 from max.dtype import DType
-from max.engine import InferenceSession
 from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, ops
 from max.nn.attention import MHAMaskVariant
 from max.nn.kernels import flash_attention_ragged
 from max.nn.kv_cache import PagedCacheValues
 from max.nn.kv_cache.cache_params import MHAKVCacheParams
-from moe import kernels_with
 from moe_graphs import LAUNCHES
 
 from step3p5 import kernels
@@ -73,8 +65,6 @@ def of_max(
 
 
 PATHS: dict[str, Attend] = {"ours": ours, "max": of_max}
-
-ALWAYS_OURS = ("attention_gpu.FEWEST_TOKENS=1",)
 
 
 def attention_graph(path: str, kind: str) -> Graph:
@@ -111,31 +101,23 @@ def attention_graph(path: str, kind: str) -> Graph:
     return graph
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    compiling = commands.add_parser("compile", help="cross-compile for sm_90a")
-    compiling.add_argument("folder", type=Path, metavar="DIR")
-    compiling.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
-    running = commands.add_parser("run", help="check and measure on this machine's GPU")
-    running.add_argument("folder", type=Path, metavar="DIR")
-    running.add_argument("--json", type=Path, default=Path(__file__).resolve().parent / "results" / "attention.json")
-    args = parser.parse_args()
-    if args.command == "run":
-        import attention_run
+GRAPHS = {f"{path}-{kind}": partial(attention_graph, path, kind) for path in PATHS for kind in SHAPES}
 
-        attention_run.run(args.folder, args.json)
-        return
-    args.folder.mkdir(parents=True, exist_ok=True)
-    session = InferenceSession(devices=[Accelerator()])
-    for path in args.paths:
-        for kind in SHAPES:
-            file = args.folder / f"{path}-{kind}.mef"
-            with kernels_with(ALWAYS_OURS):
-                session.compile(attention_graph(path, kind)).export_mef(file)
-            print(file, flush=True)
-    os._exit(0)  # with virtual devices, MAX's threads can abort the interpreter's ordinary exit
+BENCHMARK = OpBenchmark(Path(__file__), GRAPHS, {"default": Variant(("attention_gpu.FEWEST_TOKENS=1",), tuple(GRAPHS))})
+"""Ours whatever the number of tokens."""
+
+
+def add_options(running: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    running.add_argument("--json", type=Path, default=Path(__file__).resolve().parent / "results" / "attention.json")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures; PyTorch is not imported before."""
+    import attention_run
+
+    attention_run.run(options.folder / "default", options.json)
 
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main(__doc__, add_options, run)

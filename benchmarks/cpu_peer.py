@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from arguments import OneLineParser, positive_int, positive_ints
+from arguments import CPU_ENCODINGS, OneLineParser, encodings, positive_int, positive_ints
 from bandwidth import Bandwidth, measure_bandwidth, usable_cores
 from contention import CpuTimes, cores_taken
 from forward_cases import Case, make_cases
-from llama_cpp_build import OUT_TYPES, VERSION, build, convert, python_of
+from llama_cpp_build import VERSION, build, convert, python_of
 from max.pipelines.lib.auto_model import AutoModel
 from report import Environment, Spread, format_table, write_json
 from step_profile import StepProfile
@@ -273,7 +273,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--peer", metavar="DIR", type=Path, help="folder that --build made")
     where.add_argument("--build", metavar="DIR", type=Path, help="build llama.cpp in this new folder first")
-    add("--encodings", default="float32,bfloat16", help="float32, bfloat16 or both (default: %(default)s)")
+    add("--encodings", type=encodings, default=CPU_ENCODINGS, help="float32, bfloat16 or both (default: both)")
     add("--batches", metavar="N,N", type=positive_ints, default=(1, 4, 8), help="decoded batches (default: 1,4,8)")
     add("--prefill", metavar="N,N", type=positive_ints, default=(64, 512), help="prompt lengths (default: 64,512)")
     add("--context", metavar="N", type=positive_int, default=64, help="tokens before decoding (default: %(default)s)")
@@ -282,10 +282,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--profile", action="store_true", help="show where the time of a decode step goes")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
     options = parser.parse_args(arguments)
-    options.encodings = options.encodings.split(",")
-    for encoding in options.encodings:
-        if encoding not in OUT_TYPES:
-            parser.error(f"--encodings: found {encoding!r}, expected {' or '.join(OUT_TYPES)}, or both with a comma")
     if not (options.model / "config.json").is_file():
         parser.error(f"MODEL: found no {options.model / 'config.json'}, expected a checkpoint's folder")
     if options.peer is not None and not python_of(options.peer, "runtime").exists():

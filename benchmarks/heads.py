@@ -10,23 +10,14 @@ back-to-back launches, each on other operands, against the bytes that must move.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if "compile" in sys.argv[1:2]:
-    from max.driver import set_virtual_device_api, set_virtual_device_count, set_virtual_device_target_arch
-
-    set_virtual_device_api("cuda")
-    set_virtual_device_target_arch("sm_90a")
-    set_virtual_device_count(1)
-
-from max.driver import Accelerator
+from kernel_variants import OpBenchmark, Variant
 from max.dtype import DType
-from max.engine import InferenceSession
 from max.graph import BufferType, DeviceRef, Graph, TensorType, ops
 from max.nn.kv_cache import PagedCacheValues
 
@@ -95,28 +86,20 @@ def gate_graph() -> Graph:
 GRAPHS: dict[str, Callable[[], Graph]] = {"qkv": qkv_graph, "head_gate": gate_graph}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    compiling = commands.add_parser("compile", help="cross-compile for sm_90a")
-    compiling.add_argument("folder", type=Path, metavar="DIR")
-    running = commands.add_parser("run", help="check and measure on this machine's GPU")
-    running.add_argument("folder", type=Path, metavar="DIR")
-    running.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    args = parser.parse_args()
-    if args.command == "run":
-        import heads_run
+BENCHMARK = OpBenchmark(Path(__file__), GRAPHS, {"default": Variant((), tuple(GRAPHS))})
 
-        heads_run.run(args.folder, args.tokens)
-        return
-    args.folder.mkdir(parents=True, exist_ok=True)
-    session = InferenceSession(devices=[Accelerator()])
-    for name, build in GRAPHS.items():
-        file = args.folder / f"{name}.mef"
-        session.compile(build()).export_mef(file)
-        print(file, flush=True)
-    os._exit(0)  # with virtual devices, MAX's threads can abort the interpreter's ordinary exit
+
+def add_options(running: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    running.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures; PyTorch is not imported before."""
+    import heads_run
+
+    heads_run.run(options.folder / "default", options.tokens)
 
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main(__doc__, add_options, run)

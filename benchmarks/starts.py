@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import OneLineParser, positive_int
+from arguments import CPU_ENCODINGS, OneLineParser, encodings, positive_int
 from bandwidth import usable_cores
-from llama_cpp_build import OUT_TYPES
 from report import Environment, format_table, write_json
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -104,14 +103,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="starts.py", description="Load checkpoints on this CPU in new processes.")
     add = parser.add_argument
     add("models", metavar="MODEL", type=Path, nargs="+", help="folder of a checkpoint")
-    add("--encodings", default="float32,bfloat16", help="float32, bfloat16 or both (default: %(default)s)")
+    add("--encodings", type=encodings, default=CPU_ENCODINGS, help="float32, bfloat16 or both (default: both)")
     add("--rounds", metavar="N", type=positive_int, default=3, help="(default: %(default)s)")
     add("--json", metavar="FILE", type=Path, help="write the report to FILE as well")
     options = parser.parse_args(arguments)
-    options.encodings = options.encodings.split(",")
-    for encoding in options.encodings:
-        if encoding not in OUT_TYPES:
-            parser.error(f"--encodings: found {encoding!r}, expected {' or '.join(OUT_TYPES)}, or both with a comma")
     for model in options.models:
         if not (model / "config.json").is_file():
             parser.error(f"MODEL: found no {model / 'config.json'}, expected a checkpoint's folder")

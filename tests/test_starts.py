@@ -42,7 +42,7 @@ def test_a_row_has_medians_of_the_rounds_and_the_share_of_the_weights() -> None:
     ("arguments", "message"),
     [
         (["{folder}/none"], "MODEL: found no {folder}/none/config.json, expected a checkpoint's folder"),
-        (["{folder}", "--encodings", "q8_0"], "--encodings: found 'q8_0', expected float32 or"),
+        (["{folder}", "--encodings", "q8_0"], "argument --encodings: found 'q8_0', expected float32 or"),
     ],
 )
 def test_an_unusable_argument_is_one_line_and_status_2(
