@@ -87,7 +87,14 @@ def test_threads_that_only_poll_rest(
     thread.start()
     if not of_python:
         monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread()])
-    rest_pollers()
-    assert (os.sched_getscheduler(thread.native_id or 0) == os.SCHED_IDLE) == rests
-    end.set()
-    thread.join()
+
+    def has_rested() -> bool:
+        rest_pollers()
+        return os.sched_getscheduler(thread.native_id or 0) == os.SCHED_IDLE
+
+    try:
+        # Beside other work a thread may hardly get to poll while it is watched.
+        assert any(has_rested() for _ in range(40 if rests else 1)) == rests
+    finally:
+        end.set()
+        thread.join()
