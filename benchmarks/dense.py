@@ -12,13 +12,10 @@ over back-to-back launches, each with other weights. Sizes are Step-3.5-Flash's.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from dense_graphs import GRAPHS
 from kernel_variants import OpBenchmark, Variant
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 BENCHMARK = OpBenchmark(
     Path(__file__),
@@ -31,19 +28,7 @@ BENCHMARK = OpBenchmark(
 )
 
 
-def add_options(running: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
-    running.add_argument("--variants", nargs="+", default=None, help="default: all in DIR")
-    running.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 65, 128, 256, 512, 1024, 2048, 8192])
-    running.add_argument("--json", type=Path, default=RESULTS / "dense.json")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Measures; PyTorch is not imported before."""
-    import dense_run
-
-    dense_run.run(options.folder, options.variants, options.tokens, options.json)
-
+TOKENS = (16, 32, 64, 65, 128, 256, 512, 1024, 2048, 8192)
 
 if __name__ == "__main__":
-    BENCHMARK.main(__doc__, add_options, run)
+    BENCHMARK.sweep(__doc__, TOKENS)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,12 +53,33 @@ class OpBenchmark:
     Args:
         script: Its file.
         graphs: What it measures, by name.
-        variants: What `compile` makes without `--variant`; all graphs of the kernels as they are by default.
+        variants: What `compile` makes without `--variant`.
     """
 
     script: Path
     graphs: Mapping[str, Callable[[], Graph]]
     variants: Mapping[str, Variant]
+
+    def sweep(self, description: str | None, tokens: Sequence[int]) -> None:
+        """Runs the command line of a benchmark that `SCRIPT_run.run` measures variant by variant.
+
+        Args:
+            description: See `main`.
+            tokens: Numbers of tokens to measure by default.
+        """
+        name = self.script.stem
+
+        def add_options(running: argparse.ArgumentParser) -> None:
+            running.add_argument("--variants", nargs="+", default=None, help="default: all in DIR")
+            running.add_argument("--tokens", type=int, nargs="+", default=list(tokens))
+            running.add_argument("--json", type=Path, default=self.script.resolve().parent / "results" / f"{name}.json")
+
+        def run(options: argparse.Namespace) -> None:
+            # It imports PyTorch, which no machine needs to compile.
+            measuring = importlib.import_module(f"{name}_run")
+            measuring.run(options.folder, options.variants, options.tokens, options.json)
+
+        self.main(description, add_options, run)
 
     def main(
         self,

@@ -13,13 +13,10 @@ captured graph of launches, each with other experts or too large for the cache. 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from kernel_variants import OpBenchmark, Variant
 from moe_graphs import GRAPHS
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 BENCHMARK = OpBenchmark(
     Path(__file__),
@@ -33,19 +30,7 @@ BENCHMARK = OpBenchmark(
 """The kernels as they are, and both paths for the crossover."""
 
 
-def add_options(running: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
-    running.add_argument("--variants", nargs="+", default=None, help="default: all in DIR")
-    running.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192])
-    running.add_argument("--json", type=Path, default=RESULTS / "moe.json")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Measures; PyTorch is not imported before."""
-    import moe_run
-
-    moe_run.run(options.folder, options.variants, options.tokens, options.json)
-
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 
 if __name__ == "__main__":
-    BENCHMARK.main(__doc__, add_options, run)
+    BENCHMARK.sweep(__doc__, TOKENS)
