@@ -57,11 +57,13 @@ def silence_unknown(checkpoint: Path) -> None:
     edit_head(checkpoint, silence)
 
 
-def clear_prompt(reference: Reference, rng: np.random.Generator, length: int) -> Prompt:
-    """A random prompt on which no router choice is a near tie."""
+def clear_prompt(
+    reference: Reference, rng: np.random.Generator, length: int, answer: Callable[[Prompt], Prompt] = lambda _: []
+) -> Prompt:
+    """A random prompt on which, with the tokens of an answer to it, no router choice is a near tie."""
     for _ in range(50):
         prompt = rng.integers(FIRST_TEXT_TOKEN, reference.config["vocab_size"], size=length).tolist()
-        if is_clear(reference, prompt):
+        if is_clear(reference, prompt + answer(prompt)):
             return list(prompt)
     raise AssertionError(f"no prompt of {length} tokens without a near tie in 50 draws")
 

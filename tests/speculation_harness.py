@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import FIRST_TEXT_TOKEN, NEAR_TIE, Prompt, assert_close, is_clear
+from harness import FIRST_TEXT_TOKEN, NEAR_TIE, Prompt, assert_close, clear_prompt
 from max.pipelines.context import EOSTracker, SamplingParams, TextContext, TokenBuffer
 from max.pipelines.lib.auto_model import AutoModel
 from max.pipelines.lib.generate import GenerateIterator
@@ -69,17 +69,11 @@ def clear_prompts(
 ) -> list[Prompt]:
     """Random prompts of text tokens on which, answers included, no router choice of the target is a near tie: what
     drafting computes along them can be held to the reference."""
-    prompts: list[Prompt] = []
-    for length in lengths:
-        for _ in range(50):
-            (prompt,) = prompts_of(rng, length)
-            (answer,) = generate(plain, [request(prompt, new_tokens)])
-            if is_clear(reference, prompt + answer):
-                prompts.append(prompt)
-                break
-        else:
-            raise AssertionError(f"no prompt of {length} tokens without a near tie in 50 draws")
-    return prompts
+
+    def answer(prompt: Prompt) -> Prompt:
+        return generate(plain, [request(prompt, new_tokens)])[0]
+
+    return [clear_prompt(reference, rng, length, answer) for length in lengths]
 
 
 @dataclass
