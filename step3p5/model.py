@@ -110,6 +110,10 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
     state_dict: dict[str, Any]
     """Weights to load into the model."""
 
+    ep_comm_initializer: Mailboxes | None = None
+    """The GPUs' mailboxes, where they have requests of their own; MAX asks for them by this name once the graphs are
+    loaded, and every step takes them as its `ep_inputs`."""
+
     _is_first_step: bool = True
 
     def __init__(
@@ -147,17 +151,15 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
             return []
         return AlwaysSignalBuffersMixin.signal_buffers.func(self)
 
-    @cached_property
-    def ep_comm_initializer(self) -> Mailboxes | None:
-        """The GPUs' mailboxes, where they have requests of their own; MAX asks for them by this name once the graphs
-        are loaded, and every step takes them as its `ep_inputs`."""
-        config, processor = self.arch_config_as(Step3p5Config), self.batch_processor
-        if not config.plan.own_requests or is_virtual_device_mode() or processor is None:
-            return None
-        limits = processor.runtime
+    @override
+    def _init_distributed_runtime(self, session: InferenceSession, model_config: Any) -> None:
+        assert isinstance(model_config, Step3p5Config)
+        if not model_config.plan.own_requests or is_virtual_device_mode():
+            return
+        limits = self.batch_processor.runtime
         whole_prompt = 0 if limits.enable_chunked_prefill else limits.max_seq_len
         tokens = most_tokens(limits.max_batch_input_tokens, limits.max_batch_size, whole_prompt)
-        return Mailboxes(config.plan, self.devices, tokens, config.dtype.size_in_bytes)
+        self.ep_comm_initializer = Mailboxes(model_config.plan, self.devices, tokens, model_config.dtype.size_in_bytes)
 
     @override
     def load_model(self, session: InferenceSession) -> Model:

@@ -18,10 +18,13 @@ from small_graphs import Ops, graph_of
 from test_parallel_plan import FLASH
 from transformers import AutoConfig
 
+from step3p5.batch_processor import Step3p5BatchProcessor
 from step3p5.layers.dispatch import MailboxDispatch
 from step3p5.layers.moe import RoutedTokens
 from step3p5.mailbox_size import mailbox_bytes, most_tokens
 from step3p5.mailboxes import Mailboxes, MemoryPlanner
+from step3p5.model import Step3p5Model
+from step3p5.model_config import Step3p5Config
 from step3p5.parallel_plan import parallel_plan
 from step3p5.pretrained_config import as_step3p5_config
 
@@ -110,6 +113,23 @@ def test_every_device_has_a_mailbox_whose_address_all_know() -> None:
     assert [box.shape for box in boxes] == [(mailbox_bytes(FLASH, 2, 3, itemsize=2),)] * 2
     assert addresses.to_numpy().tolist() == [box._data_ptr() for box in boxes]
     assert not any(box.to_numpy().any() for box in boxes)
+
+
+@pytest.mark.parametrize(("chunked", "tokens"), [(True, 100 + 8), (False, 100 + 8 + 50)])
+def test_a_model_with_requests_of_each_devices_own_hands_mailboxes_to_every_step(chunked: bool, tokens: int) -> None:
+    runtime = SimpleNamespace(
+        max_batch_input_tokens=100, max_batch_size=8, max_seq_len=50, enable_chunked_prefill=chunked
+    )
+    model: Any = Step3p5Model.__new__(Step3p5Model)
+    model.devices, model._batch_processor = [CPU(), CPU()], Step3p5BatchProcessor.__new__(Step3p5BatchProcessor)
+    model.batch_processor.runtime = runtime
+    config = object.__new__(Step3p5Config)
+    config.plan, config.dtype = parallel_plan(FLASH, 2, ep_size=2, data_parallel_degree=2), DType.bfloat16
+    model._init_distributed_runtime(None, config)
+    model._wire_batch_processor(None, config)
+    *boxes, addresses = model.batch_processor._ep_inputs()
+    assert [box.shape for box in boxes] == [(mailbox_bytes(FLASH, 2, tokens, itemsize=2),)] * 2
+    assert addresses.shape == (2,)
 
 
 @pytest.mark.parametrize(("chunked", "tokens"), [(True, 100 + 8), (False, 100 + 8 + 50)])

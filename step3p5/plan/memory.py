@@ -30,7 +30,7 @@ GRAPH_BYTES = 1e9
 PRODUCT_BYTES = 256 * 1024**2
 """Most memory for the expert products that wait for their sum: `PARTS_BYTES` of the kernels."""
 
-ROUTE_BYTES = 12
+ASSIGNMENT_BYTES = 12
 """Of an assignment: its expert, its weight and its place among the expert's."""
 
 SIGNAL_BYTES = 294_387_728
@@ -186,4 +186,4 @@ def _mlp_bytes(plan: ParallelPlan, weights: WeightFormat, layer: LayerConfig, to
     assignments = tokens * moe.top_k
     products = min(assignments * hidden * weights.itemsize, PRODUCT_BYTES)
     activations = assignments * width * weights.itemsize + products + tokens * hidden * 4
-    return float(logits + received + activations + assignments * ROUTE_BYTES)
+    return float(logits + received + activations + assignments * ASSIGNMENT_BYTES)
