@@ -51,7 +51,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class KernelSum:
-    """All runs of the kernels of one name in a pass."""
+    """All runs of the kernels of one name in a pass.
+
+    `milliseconds` are those in which no kernel that began before was still running, so that all sums add up to `busy`:
+    a kernel may begin early to wait for the one before (programmatic dependent launch).
+    """
 
     name: str
     runs: float
@@ -80,9 +84,10 @@ class Timeline:
         sums = defaultdict[str, list[float]](list)
         for kernel in ordered:
             last = kernel.start + kernel.duration
-            busy += max(last - max(kernel.start, end), 0.0)
+            own = max(last - max(kernel.start, end), 0.0)
+            busy += own
             end = max(end, last)
-            sums[kernel.name].append(kernel.duration)
+            sums[kernel.name].append(own)
         rows = [KernelSum(name, len(runs) / passes, sum(runs) / passes / 1e3) for name, runs in sums.items()]
         gaps = end - ordered[0].start - busy
         return cls(busy / passes / 1e3, gaps / passes / 1e3, sorted(rows, key=lambda row: -row.milliseconds))

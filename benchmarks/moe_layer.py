@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -10,23 +9,10 @@ import torch
 from max.driver import Buffer
 from max.engine import Model
 from moe_graphs import EXPERTS, HIDDEN, LAUNCHES, SCALE, TOP_K, WIDTH
+from moe_report import LayerRow
 
 DEVICE = "cuda"
 MATRIX_BYTES = 2 * HIDDEN * WIDTH
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRow:
-    """One measurement of the whole layer; the floor is what it must read at the copy rate."""
-
-    tokens: int
-    experts_hit: float
-    floor_ms: float
-    ms: float
-    times_floor: float
-    error: float
-    same_bits: bool
-    nan_contained: bool
 
 
 class Layer:

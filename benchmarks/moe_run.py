@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from bandwidth import usable_cores
+from busy import Timeline, device_kernels
 from max.driver import Accelerator, Buffer
 from max.engine import InferenceSession, Model
 from max.engine.api import read
 from moe_graphs import EXPERTS, HIDDEN, LAUNCHES, SCALE, TOP_K, WIDTH
-from moe_layer import LayerRow, measure_layer
-from report import Environment, format_table, write_json
+from moe_layer import measure_layer
+from moe_report import KernelRow, LayerRow, Report, Row, SmallRow
+from report import Environment, write_json
+from torch.profiler import ProfilerActivity, profile
 
 DEVICE = "cuda"
 ROUNDS = 6
@@ -41,47 +44,6 @@ LAYER_TOKENS = 512
 
 LARGEST_ERROR = 1e-2
 """Of `|y - reference| / |reference|`: the activations are bfloat16, and so may be the products that are summed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One measurement of the routed experts."""
-
-    variant: str
-    routing: str
-    tokens: int
-    experts_hit: float
-    floor_ms: float
-    ms: float
-    spread_ms: tuple[float, float]
-    times_floor: float
-    vllm_ms: float | None
-    error: float
-    same_bits: bool
-    nan_contained: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class SmallRow:
-    """One measurement of the router or the grouping."""
-
-    op: str
-    tokens: int
-    us: float
-    correct: bool
-
-
-@dataclasses.dataclass
-class Report:
-    """Everything that a run found."""
-
-    gpu: str
-    copy_tb_s: float
-    read_tb_s: float
-    environment: Environment
-    experts: list[Row]
-    layer: list[LayerRow]
-    small: list[SmallRow]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +241,21 @@ def measure_experts(
     )
 
 
+def measure_kernels(machine: Machine, experts: Experts, model: Model, variant: str, tokens: int) -> list[KernelRow]:
+    """What `torch.profiler` sees of one graph with random routing."""
+    x = torch.randn(tokens, HIDDEN, device=DEVICE).to(torch.bfloat16)
+    routings = [Routing.of(random_ids(tokens)) for _ in range(LAUNCHES)]
+    varied = [buffer for each in routings for buffer in each.buffers()]
+    operands = [Buffer.from_dlpack(x), *experts.buffers(), *varied]
+    machine.execute(model, operands)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        machine.execute(model, operands)
+    kernels = sorted(device_kernels(profiler), key=lambda kernel: kernel.start)
+    order = list(dict.fromkeys(kernel.name for kernel in kernels))
+    sums = sorted(Timeline.of(kernels, LAUNCHES).kernels, key=lambda kernel: order.index(kernel.name))
+    return [KernelRow(variant, tokens, kernel.name, kernel.runs, 1e3 * kernel.milliseconds) for kernel in sums]
+
+
 def measure_route(machine: Machine, model: Model, tokens: int) -> SmallRow:
     """The router against float64."""
     logits = [torch.randn(tokens, EXPERTS, device=DEVICE) for _ in range(LAUNCHES)]
@@ -306,64 +283,6 @@ def measure_group(machine: Machine, model: Model, tokens: int) -> SmallRow:
     return SmallRow("group", tokens, 1e6 * statistics.median(machine.seconds(model, operands)), correct)
 
 
-def show(report: Report) -> None:
-    """Prints the tables."""
-    print(f"{report.gpu}, PyTorch copies at {report.copy_tb_s:.2f} TB/s and reads at {report.read_tb_s:.2f} TB/s")
-    header = ["variant", "routing", "tokens", "experts hit", "floor, ms", "ours, ms", "x floor", "vLLM 0.23, ms *"]
-    header += ["error", "same bits", "NaN kept"]
-    rows = [
-        [
-            row.variant,
-            row.routing,
-            str(row.tokens),
-            f"{row.experts_hit:.0f}",
-            f"{row.floor_ms:.3f}",
-            f"{row.ms:.3f}",
-            f"{row.times_floor:.3f}",
-            "" if row.vllm_ms is None else f"{row.vllm_ms:.3f}",
-            f"{row.error:.1e}",
-            "yes" if row.same_bits else "NO",
-            "yes" if row.nan_contained else "NO",
-        ]
-        for row in report.experts
-    ]
-    print(format_table(header, rows))
-    print("* random routing, one H100, CUDA graph: measured beforehand, not in this run")
-    print(
-        format_table(
-            [
-                "whole layer, tokens",
-                "experts hit",
-                "floor, ms",
-                "ours, ms",
-                "x floor",
-                "error",
-                "same bits",
-                "NaN kept",
-            ],
-            [
-                [
-                    str(row.tokens),
-                    f"{row.experts_hit:.0f}",
-                    f"{row.floor_ms:.3f}",
-                    f"{row.ms:.3f}",
-                    f"{row.times_floor:.3f}",
-                    f"{row.error:.1e}",
-                    "yes" if row.same_bits else "NO",
-                    "yes" if row.nan_contained else "NO",
-                ]
-                for row in report.layer
-            ],
-        )
-    )
-    print(
-        format_table(
-            ["op", "tokens", "us", "correct"],
-            [[row.op, str(row.tokens), f"{row.us:.1f}", "yes" if row.correct else "NO"] for row in report.small],
-        )
-    )
-
-
 def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], json: Path) -> None:
     """Checks and measures the graphs in `DIR`, prints tables and writes `json`.
 
@@ -374,7 +293,7 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
     machine = Machine()
     copy_rate, read_rate = machine.memory_rates()
     environment = Environment.of_this_process(usable_cores())
-    report = Report(torch.cuda.get_device_name(), copy_rate, read_rate, environment, [], [], [])
+    report = Report(torch.cuda.get_device_name(), copy_rate, read_rate, environment, [], [], [], [])
     experts = Experts()
     names = variants if variants is not None else sorted(path.name for path in folder.iterdir() if path.is_dir())
     for variant in names:
@@ -385,6 +304,8 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
                 for size in tokens:
                     report.experts.append(measure_experts(machine, experts, model, variant, routing, size, copy_rate))
                     gc.collect()
+            for size in tokens:
+                report.kernels += measure_kernels(machine, experts, model, variant, size)
             del model
         file = folder / variant / "layer.mef"
         if file.exists():
@@ -402,7 +323,7 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
             if file.exists():
                 model = machine.load(file)
                 report.small += [measure(machine, model, size) for size in tokens]
-    show(report)
+    print(report.text())
     write_json(json, report)
     wrong: list[Any] = [row for row in report.small if not row.correct]
     checked: list[Row | LayerRow] = [*report.experts, *report.layer]

@@ -21,7 +21,8 @@ def test_kernels_at_the_same_time_keep_the_device_busy_once() -> None:
     timeline = Timeline.of(kernels, passes=2)
     assert timeline.busy == pytest.approx((23 + 10) / 2 / 1e3)
     assert timeline.gaps == pytest.approx(7 / 2 / 1e3)
-    assert timeline.kernels == [KernelSum("a", 1.0, 0.014), KernelSum("b", 1.0, 0.01)]
+    assert timeline.kernels == [KernelSum("a", 1.0, 0.0115), KernelSum("b", 1.0, 0.005)]
+    assert sum(kernel.milliseconds for kernel in timeline.kernels) == pytest.approx(timeline.busy)
 
 
 def test_no_kernel_is_no_timeline() -> None:
