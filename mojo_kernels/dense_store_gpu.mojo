@@ -13,50 +13,22 @@ comptime STAGED_TOKENS = 64
 """Tokens whose results a warp group brings in order at a time."""
 
 
-trait ResultRows(Deinitable, ImplicitlyCopyable):
-    """Where the results of a tile's tokens go."""
-
-    def fetch(self):
-        """Starts to bring what `row` looks at; by all threads of a warp group, each a part.
-        """
-        ...
-
-    def wait(self):
-        """Waits until the calling thread's part is there; a barrier of the group must follow.
-        """
-        ...
-
-    def row(self, token: Int) -> Int:
-        """Row of the tile's `token`; negative where there is none."""
-        ...
-
-    def behind(self, tokens: Int) -> Self:
-        """Those of the tile's tokens from `tokens` on."""
-        ...
-
-
 @fieldwise_init
-struct TokenRange(ImplicitlyCopyable, ResultRows):
-    """Tokens `first` ... go to the rows of the same numbers, those from `end` on nowhere.
+struct TokenRange(ImplicitlyCopyable):
+    """A tile's tokens `first` ... go to the rows of the same numbers, those from `end` on nowhere.
     """
 
     var first: Int
     var end: Int
 
     @always_inline
-    def fetch(self):
-        pass
-
-    @always_inline
-    def wait(self):
-        pass
-
-    @always_inline
     def row(self, token: Int) -> Int:
+        """Row of the tile's `token`; negative where there is none."""
         return self.first + token if self.first + token < self.end else -1
 
     @always_inline
     def behind(self, tokens: Int) -> Self:
+        """Those of the tile's tokens from `tokens` on."""
         return Self(self.first + tokens, self.end)
 
 
@@ -76,10 +48,10 @@ def staging_of(base: SharedTile, begin: Int, group: Int) -> SharedTile:
 
 @always_inline
 def store_tile[
-    R: ResultRows, N: Int
+    N: Int
 ](
     output: LinearOutput,
-    rows: R,
+    rows: TokenRange,
     sums: Sums[N],
     staging: SharedTile,
     group: Int,
@@ -100,7 +72,6 @@ def store_tile[
     var index = lane // 8
     var from_token = index // 2 * 8 + lane % 8
     var from_piece = thread // 32 * 2 + index % 2
-    rows.wait()
     comptime for begin in range(0, N, STAGED_TOKENS):
         comptime COUNT = min(STAGED_TOKENS, N - begin)
         comptime PASSES = ceildiv(COUNT * PIECES, 128)
@@ -150,7 +121,6 @@ def store_tile[
 @always_inline
 def multiply_tile[
     D: PairedOutput,
-    R: ResultRows,
     STAGES: Int,
     SHARERS: Int,
     MAX_N: Int,
@@ -158,7 +128,7 @@ def multiply_tile[
     N: Int,
 ](
     output: D,
-    rows: R,
+    rows: TokenRange,
     mut ring: DenseRing[MAX_N, STAGES, SHARERS],
     steps: Int,
     staging: SharedTile,
@@ -179,7 +149,6 @@ def multiply_tile[
         group: Index of the warp group, 0 or 1.
         row: First result of the tile.
     """
-    rows.fetch()
     comptime if D.TENSORS == 1:
         var sums = ring.multiply[N](group, steps)
         store_tile(output.plain(), rows, sums, staging, group, row + group * 64)

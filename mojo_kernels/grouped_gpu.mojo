@@ -5,15 +5,12 @@ from std.math import ceildiv
 from std.utils.numerics import inf
 
 from .dense_output_gpu import LinearOutput, PairedOutput, SwigluOutput
-from .grouped_combine_gpu import launch_combine
+from .grouped_combine_gpu import launch_combine, launch_places
 from .grouped_plain_gpu import launch_down_plain, launch_gate_up_plain
 from .grouped_sort_gpu import launch_sort
 from .grouped_tiles_gpu import TILE_M
 from .grouped_wgmma_gpu import (
-    AssignmentRows,
-    GroupedRows,
     GroupedShape,
-    SortedRows,
     launch_grouped_wgmma,
 )
 from .operands import Elements, Floats, Ids
@@ -134,9 +131,8 @@ def _gate_up_wgmma(
     for begin in range(0, assignments, each):
         var end = min(begin + each, assignments)
         launch_sort(sorted, x, rows, begin, end, top_k, hidden_size, ctx)
-        _multiply[SortedRows](
+        _multiply(
             output,
-            rows,
             offsets,
             gate,
             up,
@@ -158,10 +154,9 @@ def _gate_up_wgmma(
 
 
 def _multiply[
-    D: PairedOutput, //, R: GroupedRows
+    D: PairedOutput, //
 ](
     output: D,
-    rows: Ids,
     offsets: Ids,
     first: BFloats,
     second: BFloats,
@@ -174,8 +169,8 @@ def _multiply[
     """Enqueues the kernel for so many tokens."""
 
     def launch[width: Int, stages: Int, box: Int]() raises {imm}:
-        launch_grouped_wgmma[D, R, width, stages, SHARERS, box](
-            output, rows, offsets, first, second, x, shape, limit, ctx
+        launch_grouped_wgmma[D, width, stages, SHARERS, box](
+            output, offsets, first, second, x, shape, limit, ctx
         )
 
     if tokens <= FEW_TOKENS:
@@ -243,6 +238,11 @@ def down_grouped[
         assignments * columns
     )
     var parts = buffer.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var places_buffer = ctx.enqueue_create_buffer[DType.int32](assignments)
+    var places = places_buffer.unsafe_ptr().unsafe_origin_cast[
+        MutUntrackedOrigin
+    ]()
+    launch_places(places, rows, offsets, experts, assignments, ctx)
     for begin in range(0, hidden_size, columns):
         var end = min(begin + columns, hidden_size)
         _down_parts(
@@ -250,7 +250,6 @@ def down_grouped[
             begin,
             act,
             down,
-            rows,
             offsets,
             tokens,
             top_k,
@@ -263,6 +262,7 @@ def down_grouped[
             y,
             base,
             parts,
+            places,
             weights,
             tokens,
             top_k,
@@ -272,6 +272,7 @@ def down_grouped[
             ctx,
         )
     _ = buffer^
+    _ = places_buffer^
 
 
 def _down_parts(
@@ -279,7 +280,6 @@ def _down_parts(
     begin: Int,
     act: BFloats,
     down: BFloats,
-    rows: Ids,
     offsets: Ids,
     tokens: Int,
     top_k: Int,
@@ -288,13 +288,12 @@ def _down_parts(
     intermediate_size: Int,
     ctx: DeviceContext,
 ) raises:
-    """The products of all assignments in columns `begin` ..., one row for every assignment.
+    """The products of all assignments in columns `begin` ..., one row for every assignment in order of expert.
     """
     comptime if ctx.default_device_info.compute == 9.0:
         if intermediate_size % 8 == 0:
-            _multiply[AssignmentRows](
+            _multiply(
                 output,
-                rows,
                 offsets,
                 down,
                 down,
@@ -317,7 +316,6 @@ def _down_parts(
         output.results(),
         act,
         down,
-        rows,
         offsets,
         experts,
         hidden_size,

@@ -98,14 +98,13 @@ def down_plain[
     parts: Pointer[BFloat16, MutAnyOrigin],
     act: Pointer[BFloat16, MutAnyOrigin],
     down: Pointer[BFloat16, MutAnyOrigin],
-    rows: Pointer[Int32, MutAnyOrigin],
     offsets: Pointer[Int32, MutAnyOrigin],
     hidden_size: Int32,
     intermediate_size: Int32,
     begin: Int32,
     end: Int32,
 ):
-    """`parts [T * K, end - begin]`: block (h, e) computes `WARPS` columns of expert e's rows.
+    """`parts [T * K, end - begin]` in order of expert: block (h, e) computes `WARPS` columns of expert e's rows.
     """
     var h = Int(begin) + Int(block_idx.x) * WARPS + Int(warp_id())
     var e = Int(block_idx.y)
@@ -124,9 +123,8 @@ def down_plain[
         ).cast[DType.bfloat16]()
         comptime for b in range(BATCH):
             if lane_id() == 0 and slot + b < last:
-                var a = Int(rows[unsafe_offset=slot + b])
                 parts[
-                    unsafe_offset=a * Int(end - begin) + h - Int(begin)
+                    unsafe_offset=(slot + b) * Int(end - begin) + h - Int(begin)
                 ] = sums[b]
 
 
@@ -169,7 +167,6 @@ def launch_down_plain(
     parts: BFloats,
     act: BFloats,
     down: BFloats,
-    rows: Ids,
     offsets: Ids,
     experts: Int,
     hidden_size: Int,
@@ -186,7 +183,6 @@ def launch_down_plain(
                 parts,
                 act,
                 down,
-                rows,
                 offsets,
                 Int32(hidden_size),
                 Int32(intermediate_size),

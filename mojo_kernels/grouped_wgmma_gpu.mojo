@@ -26,7 +26,6 @@ from max.gpu.primitives.grid_controls import (
 )
 from std.math import ceildiv
 from std.sys import size_of
-from std.sys._assembly import inlined_assembly
 from std.utils.index import IndexList
 from std.utils.static_tuple import StaticTuple
 
@@ -39,8 +38,8 @@ from .dense_ring_gpu import (
     THREADS,
 )
 from .dense_store_gpu import (
-    ResultRows,
     STAGING_BYTES,
+    TokenRange,
     multiply_tile,
     staging_of,
 )
@@ -52,100 +51,6 @@ comptime PROMOTION = TensorMapL2Promotion.L2_256B
 
 comptime EVICTION = CacheEviction.EVICT_FIRST
 """An expert's weights are read once, or a few times soon after one another."""
-
-comptime Places = Pointer[
-    Int32, MutUntrackedOrigin, address_space=AddressSpace.SHARED
-]
-"""Shared memory of a warp group for the assignments of a tile."""
-
-
-trait GroupedRows(ResultRows):
-    """Where the results of a tile's tokens go, which are neighbouring places of the sorted assignments.
-    """
-
-    @staticmethod
-    def of(rows: Ids, slot: Int, tokens: Int, places: Places) -> Self:
-        """The tile of `tokens` places from `slot` on; `rows` are the assignments in order of expert.
-        """
-        ...
-
-
-@fieldwise_init
-struct SortedRows(GroupedRows, ImplicitlyCopyable):
-    """Results in order of expert."""
-
-    var slot: Int
-    var tokens: Int
-
-    @always_inline
-    @staticmethod
-    def of(rows: Ids, slot: Int, tokens: Int, places: Places) -> Self:
-        return Self(slot, tokens)
-
-    @always_inline
-    def fetch(self):
-        pass
-
-    @always_inline
-    def wait(self):
-        pass
-
-    @always_inline
-    def row(self, token: Int) -> Int:
-        return self.slot + token if token < self.tokens else -1
-
-    @always_inline
-    def behind(self, tokens: Int) -> Self:
-        return Self(self.slot + tokens, self.tokens - tokens)
-
-
-@fieldwise_init
-struct AssignmentRows(GroupedRows, ImplicitlyCopyable):
-    """Results in order of assignment.
-
-    The assignments are brought while the tile is multiplied: the memory's answer takes long when it is busy.
-    """
-
-    var assignments: Ids
-    var tokens: Int
-    var places: Places
-
-    @always_inline
-    @staticmethod
-    def of(rows: Ids, slot: Int, tokens: Int, places: Places) -> Self:
-        return Self(rows.unsafe_offset(slot), tokens, places)
-
-    @always_inline
-    def fetch(self):
-        for token in range(Int(thread_idx.x) % 128, self.tokens, 128):
-            inlined_assembly[
-                "cp.async.ca.shared.global [$0], [$1], 4;",
-                NoneType,
-                constraints="r,l,~{memory}",
-            ](
-                Int32(Int(self.places.unsafe_offset(token))),
-                Int(self.assignments.unsafe_offset(token)),
-            )
-
-    @always_inline
-    def wait(self):
-        inlined_assembly[
-            "cp.async.wait_all;", NoneType, constraints="~{memory}"
-        ]()
-
-    @always_inline
-    def row(self, token: Int) -> Int:
-        if token >= self.tokens:
-            return -1
-        return Int(self.places[unsafe_offset=token])
-
-    @always_inline
-    def behind(self, tokens: Int) -> Self:
-        return Self(
-            self.assignments.unsafe_offset(tokens),
-            self.tokens - tokens,
-            self.places.unsafe_offset(tokens),
-        )
 
 
 @always_inline
@@ -165,7 +70,6 @@ def widths[MAX_N: Int]() -> List[Int]:
 @__llvm_arg_metadata(x, `nvvm.grid_constant`)
 def grouped_wgmma[
     D: PairedOutput,
-    R: GroupedRows,
     MAX_N: Int,
     STAGES: Int,
     SHARERS: Int,
@@ -176,7 +80,6 @@ def grouped_wgmma[
     x_desc: Coord,
 ](
     results: Pointer[Scalar[D.dtype], MutAnyOrigin],
-    rows: Pointer[Int32, MutAnyOrigin],
     offsets: Pointer[Int32, MutAnyOrigin],
     first: TMATensorTile[BF16, w_shape, w_desc],
     second: TMATensorTile[BF16, w_shape, w_desc],
@@ -242,7 +145,6 @@ def grouped_wgmma[
         return
     var group = warp // 4
     var staging = staging_of(ring.base, ring.BYTES, group)
-    var places = shared_offsets.unsafe_offset(Int(experts) + 1 + group * MAX_N)
     while walk.find(tile):
         tile += clusters
         var row = (walk.row_tile * SHARERS + rank) * ROWS
@@ -252,7 +154,7 @@ def grouped_wgmma[
             if walk.tokens > LESS and walk.tokens <= N:
                 multiply_tile[N](
                     output,
-                    R.of(elements(rows), walk.slot, walk.tokens, places),
+                    TokenRange(walk.slot, walk.slot + walk.tokens),
                     ring,
                     ceildiv(Int(depth), TILE_K),
                     staging,
@@ -283,14 +185,12 @@ struct GroupedShape(ImplicitlyCopyable):
 
 def launch_grouped_wgmma[
     D: PairedOutput,
-    R: GroupedRows,
     MAX_N: Int,
     STAGES: Int,
     SHARERS: Int,
     BOX: Int,
 ](
     output: D,
-    rows: Ids,
     offsets: Ids,
     first: Elements[BF16],
     second: Elements[BF16],
@@ -303,15 +203,13 @@ def launch_grouped_wgmma[
 
     Parameters:
         D: What becomes of the sums.
-        R: Where the results go.
         MAX_N: Most tokens of a tile.
         STAGES: Stages of the ring.
         SHARERS: Blocks of a cluster.
         BOX: Tokens that one copy brings.
 
     Args:
-        output: The results.
-        rows: Assignments in order of expert.
+        output: The results, in order of expert.
         offsets: First assignment of every expert, and the end.
         first: Weights `[E * expert_rows, depth]`.
         second: As `first`; the other tensor if `D` takes two.
@@ -322,7 +220,7 @@ def launch_grouped_wgmma[
     """
     comptime Ring = DenseRing[MAX_N, STAGES, SHARERS]
     comptime BYTES = Ring.BYTES + STAGING_BYTES
-    var bytes = BYTES + (shape.experts + 1 + 2 * MAX_N) * size_of[DType.int32]()
+    var bytes = BYTES + (shape.experts + 1) * size_of[DType.int32]()
     var weight_rows = shape.experts * shape.expert_rows
     var first_tma = create_tma_tile[
         TILE_M // D.TENSORS, TILE_K, swizzle_mode=SWIZZLE
@@ -349,7 +247,6 @@ def launch_grouped_wgmma[
     comptime X = type_of(x_tma)
     comptime kernel = grouped_wgmma[
         D,
-        R,
         MAX_N,
         STAGES,
         SHARERS,
@@ -361,7 +258,6 @@ def launch_grouped_wgmma[
     ]
     ctx.enqueue_function[kernel](
         output.results(),
-        rows,
         offsets,
         promoted(first),
         promoted(second),
