@@ -18,7 +18,9 @@ from .mailbox_gpu import (
     WIDTH,
     Bounds,
     Mailboxes,
+    any_here,
     mailboxes,
+    owner_of,
     row_bounds,
 )
 from .operands import Elements, Floats, Ids, elements, expect_size
@@ -40,14 +42,10 @@ def send_sums[
     for row in range(
         Int(block_idx.x), Int(bounds[boxes.devices]), Int(grid_dim.x)
     ):
-        while row >= Int(bounds[owner + 1]):
-            owner += 1
-        var is_here = False
-        for k in range(boxes.top_k):
-            var id = ids[unsafe_offset=row * boxes.top_k + k]
-            is_here |= id >= first and id < end
-        if not is_here:
+        var chosen = ids.unsafe_offset(row * boxes.top_k)
+        if not any_here(chosen, boxes.top_k, first, end):
             continue
+        owner = owner_of(row, bounds, owner)
         var sums = boxes.sums(boxes.device, owner, row - Int(bounds[owner]))
         for c in range(
             Int(thread_idx.x) * WIDTH, boxes.hidden_size, THREADS * WIDTH

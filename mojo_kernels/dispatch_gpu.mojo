@@ -18,7 +18,9 @@ from .mailbox_gpu import (
     WIDTH,
     Bounds,
     Mailboxes,
+    any_here,
     mailboxes,
+    owner_of,
     row_bounds,
 )
 from .operands import Elements, Floats, Ids, elements, expect_size
@@ -80,14 +82,9 @@ def receive_tokens[
     for row in range(
         Int(block_idx.x), Int(bounds[boxes.devices]), Int(grid_dim.x)
     ):
-        while row >= Int(bounds[owner + 1]):
-            owner += 1
+        owner = owner_of(row, bounds, owner)
         var t = row - Int(bounds[owner])
         var chosen = boxes.ids(owner, t)
-        var is_needed = False
-        for j in range(boxes.top_k):
-            var id = chosen[unsafe_offset=j]
-            is_needed |= id >= first and id < end
         if k < boxes.top_k:
             var id = chosen[unsafe_offset=k]
             var is_here = id >= first and id < end
@@ -96,7 +93,7 @@ def receive_tokens[
             weights[
                 unsafe_offset=row * boxes.top_k + k
             ] = weight if is_here else 0
-        if is_needed:
+        if any_here(chosen, boxes.top_k, first, end):
             copy_row(
                 x.unsafe_offset(row * boxes.hidden_size),
                 boxes.hidden(owner, t),

@@ -42,6 +42,25 @@ comptime SUMS = 1
 """The flags of the experts' sums."""
 
 
+@always_inline
+def owner_of(row: Int, bounds: Bounds, not_before: Int) -> Int:
+    """The GPU whose token a row is; it does not lie before `not_before`."""
+    var owner = not_before
+    while row >= Int(bounds[owner + 1]):
+        owner += 1
+    return owner
+
+
+@always_inline
+def any_here(chosen: Ids, top_k: Int, first: Int32, end: Int32) -> Bool:
+    """Whether one of a token's experts is among `first` to `end`."""
+    var found = False
+    for k in range(top_k):
+        var id = chosen[unsafe_offset=k]
+        found |= id >= first and id < end
+    return found
+
+
 @fieldwise_init
 struct Mailboxes[dtype: DType](DevicePassable, TrivialRegisterPassable):
     """All GPUs' mailboxes, as this GPU sees them.
