@@ -28,7 +28,7 @@ BENCHMARK = OpBenchmark(
 )
 
 
-TOKENS = (16, 32, 64, 65, 128, 256, 512, 1024, 2048, 8192)
+TOKENS = (16, 32, 64, 65, 128, 192, 256, 384, 512, 1024, 2048, 8192)
 
 if __name__ == "__main__":
     BENCHMARK.sweep(__doc__, TOKENS)

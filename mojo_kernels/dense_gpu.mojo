@@ -134,13 +134,20 @@ def _multiply[
             output, x, first, second, tokens, depth, limit, plan.splits, ctx
         )
 
+    def in_pairs[width: Int, stages: Int]() raises {imm}:
+        launch_dense_wgmma[D, width, stages](
+            output, x, first, second, tokens, depth, limit, ctx
+        )
+
     if plan.width == 64:
         split[64, 4, 2]()
     elif plan.width == 128:
         split[128, 3, 2]()
-    elif plan.splits > 1:
-        split[256, 4, 1]()
+    elif plan.width == 192 and plan.in_pairs():
+        in_pairs[192, 5]()
+    elif plan.width == 192:
+        split[192, 4, 1]()
+    elif plan.in_pairs():
+        in_pairs[256, 4]()
     else:
-        launch_dense_wgmma[D, 256, 4](
-            output, x, first, second, tokens, depth, limit, ctx
-        )
+        split[256, 4, 1]()

@@ -19,15 +19,23 @@ comptime ADD = 12
 comptime MAX_SPLITS = 8
 """Blocks of the largest cluster that every Hopper GPU takes."""
 
+comptime PAIRED_FROM_WIDTH = 192
+"""Tokens of a tile from which on the tensor cores, not the number of blocks, set the pace where no depth is shared."""
+
 
 @fieldwise_init
 struct DensePlan(ImplicitlyCopyable):
     """A way to cut a product."""
 
     var width: Int
-    """Tokens of a tile: 64, 128 or 256."""
+    """Tokens of a tile: 64, 128, 192 or 256."""
     var splits: Int
     """Blocks that share a tile's depth: 1, 2, 4 or 8."""
+
+    def in_pairs(self) -> Bool:
+        """Whether pairs of persistent blocks share the tokens of their tiles (`dense_wgmma_gpu`).
+        """
+        return self.splits == 1 and self.width >= PAIRED_FROM_WIDTH
 
 
 def dense_cost(
@@ -52,7 +60,8 @@ def dense_cost(
     var weights = row_tiles * steps * (TILE_M * TILE_K * 2) // MEMORY
     # Fewer blocks than multiprocessors do not ask for the memory's full rate.
     var memory = weights * multiprocessors // min(blocks, multiprocessors)
-    var stage = (TILE_M + plan.width) * TILE_K * 2
+    var brought = plan.width // 2 if plan.in_pairs() else plan.width
+    var stage = (TILE_M + brought) * TILE_K * 2
     var cache = blocks * each * stage // CACHE
     var multiply = rounds * each * plan.width * MULTIPLY
     var add = rounds * plan.width * ADD if plan.splits > 1 else 0
@@ -75,7 +84,7 @@ def plan_dense(
     for splits in [1, 2, 4, MAX_SPLITS]:
         if splits > steps:
             break
-        for width in [256, 128, 64]:
+        for width in [256, 192, 128, 64]:
             var plan = DensePlan(width, splits)
             var cost = dense_cost(
                 plan, tokens, row_tiles, steps, multiprocessors
