@@ -1,4 +1,7 @@
-"""The rows of the depths' heads for the tokens that can be drafted, on the device beside those tokens' ids."""
+"""The rows of the depths' heads for the tokens that can be drafted, on the device beside those tokens' ids.
+
+New tokens are neighbours: one copy brings their ids and one a head their rows, however many they are.
+"""
 
 from __future__ import annotations
 
@@ -41,19 +44,15 @@ class DraftHeads:
     def refresh(self) -> None:
         """Brings rows and ids up to date before a pass."""
         slots, tokens = self.vocabulary.admit()
-        if not len(slots):
+        if not len(tokens):
             return
         if self._device.is_host:
             for kept, new in zip((self._ids, *self._rows), (tokens, *(h[tokens] for h in self._whole)), strict=True):
-                kept.to_numpy().reshape(len(self.vocabulary.ids), -1)[slots] = new.reshape(len(slots), -1)
+                kept.to_numpy().reshape(len(self.vocabulary.ids), -1)[slots] = new.reshape(len(tokens), -1)
             return
         ids, *rows = self._copies.send(tokens, *(head[tokens].reshape(-1) for head in self._whole))
-        places = slots.tolist()
-        to, source = [self._ids[slot : slot + 1] for slot in places], [ids[i : i + 1] for i in range(len(places))]
-        for head, new in zip(self._rows, rows, strict=True):
-            to += [head[slot * self._width : (slot + 1) * self._width] for slot in places]
-            source += [new[i * self._width : (i + 1) * self._width] for i in range(len(places))]
-        batch_inplace_copy(to, source)
+        numbers = slice(slots.start * self._width, slots.stop * self._width)
+        batch_inplace_copy([self._ids[slots], *(head[numbers] for head in self._rows)], [ids, *rows])
         self._sent = ids, rows  # the copies go on when this returns
 
     def inputs(self, depth: int) -> tuple[Buffer, Buffer]:

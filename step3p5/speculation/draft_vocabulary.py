@@ -4,11 +4,14 @@ A depth's own head is two thirds of what a draft reads, and most of its rows are
 is not in this vocabulary is not drafted, and a draft that is wrong costs time and nothing else: the target verifies
 with all of its vocabulary. A checkpoint brings no frequencies, but byte-pair merges are learnt from the most frequent
 on, so that the first ids stand for what has not been seen yet.
+
+Tokens that enter together take neighbouring slots, so that one copy a head brings all of their rows.
 """
 
 from __future__ import annotations
 
 import os
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +44,7 @@ def draft_vocabulary_size(model: ModelConfig) -> int:
 
 
 class DraftVocabulary:
-    """The tokens that can be drafted, each in a slot; who was not seen for the longest time makes room.
+    """The tokens that can be drafted, each in a slot; neighbours that were not seen for the longest time make room.
 
     Args:
         vocab_size: Tokens of the target.
@@ -64,17 +67,27 @@ class DraftVocabulary:
         self._seen[slots[slots >= 0]] = self._clock
         self._waiting.update(dict.fromkeys(tokens[slots < 0].tolist()))
 
-    def admit(self) -> tuple[Int64, Int64]:
+    def admit(self) -> tuple[slice, Int64]:
         """Lets tokens in that wait.
 
         Returns:
-            The slots that changed, and the tokens that are in them now.
+            The slots that changed, neighbours, and the tokens that are in them now; both are empty if none waits.
         """
         count = min(len(self._waiting), MOST_NEW, len(self.ids))
         tokens = np.array([self._waiting.popitem()[0] for _ in range(count)], dtype=np.int64)
-        slots = np.argpartition(self._seen, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
+        first = self._longest_unseen(count) if count else 0
+        slots = slice(first, first + count)
         self._slots[self.ids[slots]] = -1
-        self._slots[tokens] = slots
+        self._slots[tokens] = np.arange(first, first + count)
         self.ids[slots] = tokens
         self._seen[slots] = self._clock
         return slots, tokens
+
+    def _longest_unseen(self, count: int) -> int:
+        """The first slot of that run of `count` whose token seen last was seen the longest time ago.
+
+        Runs begin at multiples of `count`; the slots after the last whole one are in none.
+        """
+        runs = self._seen[: len(self._seen) // count * count].reshape(-1, count)
+        # Column by column: `max(axis=1)` is ten times slower where runs are of two or three.
+        return int(reduce(np.maximum, runs.T).argmin()) * count

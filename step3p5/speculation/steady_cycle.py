@@ -202,7 +202,7 @@ class SteadyCycle:
         )
         ready = self._read(result, hidden)
         if self._depths:
-            graphs.refresh_heads()  # a copy for each new token, which the host starts while the target verifies
+            graphs.refresh_heads()  # a copy a head, which the host starts while the target verifies
         leaves = {
             kind: cache_leaves(self._draft_cache(kind, caches[kind][0], lengths))
             for kind in {inputs.kind for _, inputs in self._depths}
