@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gpu_clock import Clock
 from report import Environment, format_table
 
 
@@ -24,6 +25,8 @@ class Row:
     error: float
     same_bits: bool
     nan_contained: bool
+    clock: Clock | None
+    """Of the multiprocessors while the times were taken."""
 
     HEADER: ClassVar[tuple[str, ...]] = (
         "variant",
@@ -34,14 +37,17 @@ class Row:
         "ours, ms",
         "x floor",
         "vLLM 0.23, ms *",
+        "SM MHz",
+        "power cap",
     )
 
     def cells(self) -> list[str]:
         """Those under `HEADER` and `CHECKS`."""
         times = [f"{self.floor_ms:.3f}", f"{self.ms:.3f}", f"{self.times_floor:.3f}"]
         vllm = "" if self.vllm_ms is None else f"{self.vllm_ms:.3f}"
+        clock = ("", "") if self.clock is None else (f"{self.clock.mhz:.0f}", f"{100 * self.clock.power_capped:.0f} %")
         sizes = [self.variant, self.routing, str(self.tokens), f"{self.experts_hit:.0f}"]
-        return [*sizes, *times, vllm, *checks(self)]
+        return [*sizes, *times, vllm, *clock, *checks(self)]
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class Report:
                 f"{self.gpu}, PyTorch copies at {self.copy_tb_s:.2f} TB/s and reads at {self.read_tb_s:.2f} TB/s",
                 format_table((*Row.HEADER, *CHECKS), [row.cells() for row in self.experts]),
                 "* random routing, one H100, CUDA graph: measured beforehand, not in this run",
+                "power cap: the share of the time in which it held the clock down",
                 format_table((*LayerRow.HEADER, *CHECKS), [row.cells() for row in self.layer]),
                 format_table(("variant", "tokens", "kernel", "runs", "us"), kernels),
                 format_table(("op", "tokens", "us", "correct"), small),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from bandwidth import usable_cores
 from busy import Timeline, device_kernels
+from gpu_clock import ClockWatch
 from max.driver import Accelerator, Buffer
 from max.engine import InferenceSession, Model
 from max.engine.api import read
@@ -197,6 +198,7 @@ def measure_experts(
     routing: str,
     tokens: int,
     rate: float,
+    watch: ClockWatch,
 ) -> Row:
     """Checks one graph at one size, then times it."""
     x = torch.randn(tokens, HIDDEN, device=DEVICE).to(torch.bfloat16)
@@ -221,7 +223,9 @@ def measure_experts(
     with_nan = execute(broken)[0]
     contained = bool(with_nan[0].isnan().all()) and torch.equal(with_nan[1:], first[0][1:])
     del with_nan
+    begin = time.perf_counter()
     times = machine.seconds(model, [Buffer.from_dlpack(x), *fixed, *varied])
+    clock = watch.since(begin)
     median = statistics.median(times)
     hit = statistics.mean(each.experts_hit() for each in routings)
     floor = hit * 3 * HIDDEN * WIDTH * 2 / (rate * 1e12)
@@ -238,6 +242,7 @@ def measure_experts(
         error=max(errors),
         same_bits=same_bits,
         nan_contained=contained,
+        clock=clock,
     )
 
 
@@ -300,10 +305,12 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
         file = folder / variant / "experts.mef"
         if file.exists():
             model = machine.load(file)
-            for routing in ROUTINGS:
-                for size in tokens:
-                    report.experts.append(measure_experts(machine, experts, model, variant, routing, size, copy_rate))
-                    gc.collect()
+            with ClockWatch() as watch:
+                for routing in ROUTINGS:
+                    for size in tokens:
+                        row = measure_experts(machine, experts, model, variant, routing, size, copy_rate, watch)
+                        report.experts.append(row)
+                        gc.collect()
             for size in tokens:
                 report.kernels += measure_kernels(machine, experts, model, variant, size)
             del model

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bandwidth
 import contention
 import forward
+import gpu_clock
 import plot
 import report
 from forward_cases import Case, Precision, evaluate, make_cases
@@ -249,3 +250,12 @@ def test_results_that_are_tables_are_not_drawn(tmp_path: Path) -> None:
     for name, text in {"starts": '{"benchmark": "starts"}', "busy": '{"benchmark": "busy"}', "broken": "["}.items():
         (tmp_path / f"{name}.json").write_text(text)
     assert [plot.is_drawn(tmp_path / f"{name}.json") for name in ("starts", "busy", "broken")] == [False, True, True]
+
+
+def test_the_clock_of_a_stretch_is_the_median_of_its_samples() -> None:
+    lines = ("1980, 0x0000000000000000\n", "1410, 0x0000000000000004\n", "1500, 0x0000000000000044\n")
+    samples = [(float(second), *gpu_clock.parse_line(line)) for second, line in enumerate(lines)]
+    clock = gpu_clock.summary(samples)
+    assert clock is not None
+    assert (clock.mhz, clock.power_capped) == (1500, pytest.approx(2 / 3))
+    assert gpu_clock.summary([]) is None
