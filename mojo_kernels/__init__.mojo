@@ -8,6 +8,7 @@ from .dense_layer import Step3p5DenseLayer
 from .dispatch_gpu import Step3p5DispatchReceive, Step3p5DispatchSend
 from .down import Step3p5MoeDown
 from .gate_up import Step3p5MoeGateUp
+from .greedy import Step3p5Greedy
 from .group import Step3p5MoeGroup
 from .head_gate import Step3p5HeadGate
 from .linear import Step3p5Linear

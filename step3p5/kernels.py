@@ -321,6 +321,20 @@ def head_gate(x: TensorValue, gate: TensorValue) -> TensorValue:
     )[0]
 
 
+def greedy(logits: TensorValue, known: TensorValue) -> TensorValue:
+    """The place of the greatest logit of every row, of equal ones the first; NaN is less than any number.
+
+    Args:
+        logits: `[R, V]` float32.
+        known: How many logits of each row count, the first ones, `[1]` int64.
+
+    Returns:
+        `[R]` int64.
+    """
+    out_type = TensorType(DType.int64, (logits.shape[0],), logits.device)
+    return custom_op("step3p5_greedy", logits.device, [logits, known], [out_type])[0]
+
+
 def attend(
     q: TensorValue,
     input_row_offsets: TensorValue,

@@ -55,7 +55,7 @@ def experts_inputs(dtype: DType) -> list[TensorType]:
 def experts(
     x: TensorValue, gate: TensorValue, up: TensorValue, down: TensorValue, logits: TensorValue, bias: TensorValue
 ) -> list[TensorValue]:
-    """The routed experts, and the dense layers with the matrices of the first."""
+    """The routed experts, the dense layers with the matrices of the first, and the greatest of the router's logits."""
     limit = ops.constant(7.0, DType.float32, device=DeviceRef.CPU())
     ids, weights = kernels.route(logits, bias, top_k=TOP_K, normalize=True, scale=3.0)
     rows, offsets = kernels.group(ids, num_experts=bias.shape[0])
@@ -66,6 +66,7 @@ def experts(
     quartet = kernels.linear4(gated, down[0], down[1], down[2], down[3])
     both = kernels.gate_up_shared(x, gate, up, gate[0], up[0], rows, offsets, limit, limit)
     shared = kernels.down_shared(both[0], down, both[1], down[0], rows, offsets, weights)
+    greatest = kernels.greedy(logits, ops.constant([5], DType.int64, device=GPU))
     return [
         ids,
         weights,
@@ -78,6 +79,7 @@ def experts(
         *assigned,
         *quartet,
         shared,
+        greatest,
     ]
 
 

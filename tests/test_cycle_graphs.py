@@ -45,6 +45,18 @@ def test_greedy_draws_have_words(small_models: Mapping[str, Model], rng: np.rand
     np.testing.assert_array_equal(drawn.to_numpy(), logits[:, :KNOWN].argmax(-1))
 
 
+def test_of_equal_logits_the_first_is_drawn_and_nan_never(
+    small_models: Mapping[str, Model], rng: np.random.Generator
+) -> None:
+    logits = rng.integers(-3, 3, size=(40, VOCAB)).astype(np.float32)
+    logits[logits == 2] = np.nan
+    logits[7] = -np.inf
+    logits[8] = np.nan
+    (drawn,) = small_models["cycle_draw"].execute(Buffer.from_numpy(logits), Buffer.from_numpy(np.array([VOCAB + 1])))
+    expected = np.where(np.isnan(logits), -np.inf, logits).argmax(-1)
+    np.testing.assert_array_equal(drawn.to_numpy(), expected)
+
+
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("rests", [0, 1, 2])
 def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, batch: int, rests: int) -> None:

@@ -13,6 +13,7 @@ from max.driver import CPU, Accelerator, Buffer, accelerator_count
 from max.dtype import DType
 from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, TensorType, ops
+from max.pipelines.context import SamplingParams
 from max.pipelines.lib.auto_model import AutoModel
 
 from step3p5 import kernels
@@ -226,6 +227,28 @@ def test_gated_heads_equal_float64(rows_ops: Model, rng: np.random.Generator, to
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
+@pytest.fixture(scope="module")
+def greedy_op() -> Model:
+    types = [TensorType(DType.float32, ("R", "V"), DeviceRef.GPU()), TensorType(DType.int64, (1,), DeviceRef.GPU())]
+    with Graph("gpu_greedy", input_types=types) as graph:
+        graph.output(kernels.greedy(*(value.tensor for value in graph.inputs)))
+    return InferenceSession(devices=[Accelerator()]).load(graph)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 1023, 128896])
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_the_first_of_the_greatest_logits_is_drawn(
+    greedy_op: Model, rng: np.random.Generator, rows: int, vocab_size: int
+) -> None:
+    logits = rng.standard_normal((rows, vocab_size), np.float32).round(1)
+    logits[0, :2] = np.nan
+    known = vocab_size - 2
+    logits[:, known:] = 100
+    (found,) = execute(greedy_op, [logits, np.array([known])])
+    expected = np.where(np.isnan(logits), -np.inf, logits)[:, :known].argmax(-1)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_captured_graphs_give_the_tokens_of_eager_execution(tmp_path: Path, rng: np.random.Generator) -> None:
     checkpoint = tmp_path / "tiny"
     write_random_checkpoint(checkpoint, "tiny", None, CheckpointDtype.BFLOAT16, int(rng.integers(1 << 31)))
@@ -254,12 +277,15 @@ def test_captured_cycles_of_speculation_give_the_tokens_of_executed_ones(
     write_random_checkpoint(checkpoint, "tiny", None, CheckpointDtype.BFLOAT16, seed, predictable=0.7)
     prompts = [rng.integers(16, 500, size=length).tolist() for length in (1, 5, 129, 300)]
     lengths = (60, 90, 120, 150)  # cycles of four requests, then of three, ...
+    sampled = SamplingParams(temperature=0.7, top_k=20, seed=seed, ignore_eos=True)
     answers = []
     with speculation.load(checkpoint, depth, devices="gpu:0", max_batch_size=len(prompts)) as model:
         for captures in (True, False):
             model.pipeline.use_cycles(captures=captures)
-            requests = [speculation.request(*pair) for pair in zip(prompts, lengths, strict=True)]
-            answers.append(speculation.generate(model, requests))
+            for sampling in (speculation.GREEDY, sampled):
+                requests = [speculation.request(*pair, sampling) for pair in zip(prompts, lengths, strict=True)]
+                answers.append(speculation.generate(model, requests))
             graphs = model.pipeline.cycles.graphs
             assert all(graph.captures == captures for graph in graphs.all), "a graph was not captured: see the log"
-    assert answers[0] == answers[1]
+    assert answers[:2] == answers[2:]
+    assert answers[0] != answers[1]

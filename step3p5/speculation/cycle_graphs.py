@@ -14,6 +14,8 @@ from max.dtype import DType
 from max.graph import BufferType, BufferValue, DeviceRef, TensorType, TensorValue, Type, ops
 from max.nn.layer import Module
 
+from .. import kernels
+
 
 class GreedyDraw(Module):
     """The token of the greatest logit.
@@ -37,9 +39,7 @@ class GreedyDraw(Module):
         Returns:
             `[rows]` int64.
         """
-        ids = ops.range(0, self.vocab_size, 1, out_dim=self.vocab_size, dtype=DType.int64, device=self.device)
-        scores = ops.where(ids < known_tokens, logits, float("-inf"))
-        return (ops.squeeze(ops.argmax(scores, axis=-1), -1),)
+        return (kernels.greedy(logits, known_tokens),)
 
     def input_types(self) -> tuple[Type[Any], ...]:
         """The graph's inputs: those of `__call__`, in its order."""
