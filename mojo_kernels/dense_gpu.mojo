@@ -126,6 +126,7 @@ def _multiply[
         tokens,
         ceildiv(output.features(), TILE_M // D.TENSORS),
         ceildiv(depth, TILE_K),
+        TILE_M // D.BOX_ROWS,
         ctx.default_device_info.sm_count,
     )
 

@@ -155,7 +155,11 @@ def dispatch_inputs(num_devices: int) -> list[TensorType | BufferType]:
 
 
 def dispatch(values: Sequence[Value[Any]], num_devices: int, num_experts: int) -> list[TensorValue]:
-    """Tokens to the experts and back, all devices being one GPU, each expert the identity: `x * sum(weights)`."""
+    """Tokens to the experts and back, all devices being one GPU, each expert the identity: `x * sum(weights)`.
+
+    One queue must send everything before it receives anything. The order of the ops is kept only among those that may
+    write to the same buffer, so that all are given the first mailbox; they find their own by its address.
+    """
     bounds, *rest = values
     mailboxes, addresses = rest[:num_devices], rest[num_devices]
     tokens = iter(value.tensor for value in rest[num_devices + 1 :])
@@ -163,7 +167,7 @@ def dispatch(values: Sequence[Value[Any]], num_devices: int, num_experts: int) -
     way = MailboxDispatch(
         [range(i * each, (i + 1) * each) for i in range(num_devices)],
         bounds.tensor,
-        [mailbox.buffer for mailbox in mailboxes],
+        [mailboxes[0].buffer] * num_devices,
         addresses.tensor,
     )
     own = [RoutedTokens(next(tokens), next(tokens), next(tokens)) for _ in range(num_devices)]
