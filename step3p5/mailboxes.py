@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from max.driver import Buffer, Device
+from max.driver import Buffer, Device, enable_all_peer_access
 from max.dtype import DType
 from max.graph import BufferType, DeviceRef, TensorType
 from max.pipelines.kv_cache.memory_planner import PagedMemoryPlanner
@@ -28,16 +28,27 @@ def mailbox_types(devices: Sequence[DeviceRef]) -> list[BufferType | TensorType]
 
 
 class Mailboxes:
-    """The mailboxes of a process, empty. The GPUs must be able to read each other's memory.
+    """The mailboxes of a process, empty.
 
     Args:
         plan: How many there are, and for what tokens.
         devices: The GPUs.
         num_tokens: The most tokens that one GPU has in a step.
         itemsize: Bytes of an element of the hidden states.
+
+    Raises:
+        RuntimeError: If the GPUs cannot read each other's memory.
     """
 
     def __init__(self, plan: ParallelPlan, devices: Sequence[Device], num_tokens: int, itemsize: int) -> None:
+        if not devices[0].is_host:
+            try:
+                enable_all_peer_access()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"--devices: found {len(devices)} GPUs that cannot read each other's memory, which "
+                    "--data-parallel-degree needs. Choose GPUs that are linked, or leave it out."
+                ) from error
         size = mailbox_bytes(plan.model, plan.num_devices, num_tokens, itemsize)
         self._buffers = [Buffer.zeros((size,), DType.uint8, device) for device in devices]
         self._addresses = Buffer.from_numpy(np.array([box._data_ptr() for box in self._buffers], dtype=np.int64))

@@ -18,6 +18,7 @@ from small_graphs import Ops, graph_of
 from test_parallel_plan import FLASH
 from transformers import AutoConfig
 
+from step3p5 import mailboxes
 from step3p5.batch_processor import Step3p5BatchProcessor
 from step3p5.layers.dispatch import MailboxDispatch
 from step3p5.layers.moe import RoutedTokens
@@ -113,6 +114,16 @@ def test_every_device_has_a_mailbox_whose_address_all_know() -> None:
     assert [box.shape for box in boxes] == [(mailbox_bytes(FLASH, 2, 3, itemsize=2),)] * 2
     assert addresses.to_numpy().tolist() == [box._data_ptr() for box in boxes]
     assert not any(box.to_numpy().any() for box in boxes)
+
+
+def test_gpus_that_cannot_read_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("no peer access")
+
+    monkeypatch.setattr(mailboxes, "enable_all_peer_access", refuse)
+    gpus: list[Any] = [SimpleNamespace(is_host=False)] * 2
+    with pytest.raises(RuntimeError, match="--devices: found 2 GPUs that cannot read each other's memory"):
+        Mailboxes(parallel_plan(FLASH, 2, ep_size=2, data_parallel_degree=2), gpus, num_tokens=3, itemsize=2)
 
 
 @pytest.mark.parametrize(("chunked", "tokens"), [(True, 100 + 8), (False, 100 + 8 + 50)])
