@@ -176,7 +176,7 @@ def test_a_cycle_waits_for_its_inputs(drafting: AutoModel, rng: np.random.Genera
 def test_cycles_draft_and_draw_the_same(drafting: AutoModel, rng: np.random.Generator, batch_size: int) -> None:
     """Requests end at different times, so that cycles of one size follow those of another."""
     prompts = prompts_of(rng, *rng.integers(1, 300, size=batch_size))
-    lengths = rng.integers(20, 60, size=batch_size).tolist()
+    lengths = rng.integers(40, 80, size=batch_size).tolist()
 
     def requests() -> list[TextContext]:
         return [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
