@@ -1,6 +1,7 @@
 """Custom ops: the mixture-of-experts layer (routing, grouping by expert, the experts), dense layers, rotary embedding.
 """
 
+from .add_norm import Step3p5AddNorm, Step3p5Norm
 from .assign import Step3p5MoeAssign
 from .attend_gpu import Step3p5Attend
 from .combine_gpu import Step3p5CombineReceive, Step3p5CombineSend

@@ -250,6 +250,31 @@ def swiglu(x: TensorValue, gate: TensorValue, up: TensorValue, limit: TensorValu
     )[0]
 
 
+def norm(x: TensorValue, weight: TensorValue, *, eps: float, offset: float) -> TensorValue:
+    """`x * rsqrt(mean(x²) + eps) * (offset + weight)` over each row, computed in float32; on a GPU only.
+
+    Args:
+        x: Rows `[T, H]`.
+        weight: `[H]`.
+        eps: Added to the mean of the squares.
+        offset: Added to the weights.
+
+    Returns:
+        As `x`.
+    """
+    return custom_op("step3p5_norm", x.device, [x, weight, _scalar(eps), _scalar(offset)], [x.type])[0]
+
+
+def add_norm(
+    x: TensorValue, delta: TensorValue, weight: TensorValue, *, eps: float, offset: float
+) -> tuple[TensorValue, TensorValue]:
+    """`x + delta`, and `norm` of it, in one launch; `delta [T, H]` may have another type than `x`."""
+    total, y = custom_op(
+        "step3p5_add_norm", x.device, [x, delta, weight, _scalar(eps), _scalar(offset)], [x.type, x.type]
+    )
+    return total, y
+
+
 def qkv(
     q: TensorValue,
     k: TensorValue,

@@ -66,6 +66,8 @@ def experts(
     quartet = kernels.linear4(gated, down[0], down[1], down[2], down[3])
     both = kernels.gate_up_shared(x, gate, up, gate[0], up[0], rows, offsets, limit, limit)
     shared = kernels.down_shared(both[0], down, both[1], down[0], rows, offsets, weights)
+    normed = kernels.norm(x, x[0], eps=1e-5, offset=1.0)
+    sums = kernels.add_norm(x, y, x[0], eps=1e-5, offset=1.0)
     greatest = kernels.greedy(logits, ops.constant([5], DType.int64, device=GPU))
     return [
         ids,
@@ -79,6 +81,8 @@ def experts(
         *assigned,
         *quartet,
         shared,
+        normed,
+        *sums,
         greatest,
     ]
 

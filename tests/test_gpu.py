@@ -27,6 +27,7 @@ CROSSOVERS = (1, 2, 7, 8, 9, 63, 64, 65, 127, 255, 300, 1000)
 
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 32, 8, 512, 256
 WINDOW = 40
+EPS = 1e-5
 ON_HOST = range(4, 9)
 """Operands of attention that lie on the host."""
 
@@ -225,6 +226,46 @@ def test_gated_heads_equal_float64(rows_ops: Model, rng: np.random.Generator, to
     expected = (x.reshape(tokens, -1, 128) / (1 + np.exp(-gate[..., None]))).reshape(tokens, HIDDEN)
     (found,) = execute(rows_ops, [as_bfloat16(values) for values in inputs])
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def norm_ops() -> Model:
+    """A norm, a residual sum with its norm, and the same of a bfloat16 addend."""
+    gpu = DeviceRef.GPU()
+    rows = TensorType(DType.bfloat16, ("T", "H"), gpu)
+    types = [rows, TensorType(DType.float32, ("T", "H"), gpu), rows, TensorType(DType.float32, ("H",), gpu)]
+    with Graph("gpu_norm", input_types=types) as graph:
+        x, delta, rounded_delta, weight = (value.tensor for value in graph.inputs)
+        graph.output(
+            kernels.norm(x, weight, eps=EPS, offset=1.0),
+            *kernels.add_norm(x, delta, weight, eps=EPS, offset=1.0),
+            *kernels.add_norm(x, rounded_delta, weight, eps=EPS, offset=0.0),
+        )
+    return InferenceSession(devices=[Accelerator()]).load(graph)
+
+
+@pytest.mark.parametrize("size", [5, 512, 4096, 4100, 9000])
+@pytest.mark.parametrize("tokens", [1, 3, 300])
+def test_norms_equal_float64(norm_ops: Model, rng: np.random.Generator, tokens: int, size: int) -> None:
+    x, rounded_delta = (rounded(rng.standard_normal((tokens, size), np.float32), DType.bfloat16) for _ in range(2))
+    delta, weight = rng.standard_normal((tokens, size), np.float32), rng.standard_normal(size, np.float32)
+    poison = as_bfloat16(np.full_like(x, np.nan))
+    execute(norm_ops, [poison, np.full_like(delta, np.nan), poison, weight])
+    normed, *sums = execute(norm_ops, [as_bfloat16(x), delta, as_bfloat16(rounded_delta), weight])
+
+    def expected_norm(rows: Array, scale: Array) -> Array:
+        rows = rows.astype(np.float64)
+        return rows / np.sqrt((rows**2).mean(-1, keepdims=True) + EPS) * scale
+
+    def close(found: Array, expected: Array) -> None:
+        np.testing.assert_allclose(found, expected, rtol=2.0**-8, atol=1e-6)
+
+    close(normed, expected_norm(x, 1 + weight))
+    for (total, of_total), addend, offset in zip(
+        (sums[:2], sums[2:]), (delta, rounded_delta), (1.0, 0.0), strict=True
+    ):
+        np.testing.assert_array_equal(total, rounded(x + addend, DType.bfloat16))
+        close(of_total, expected_norm(total, offset + weight))
 
 
 @pytest.fixture(scope="module")

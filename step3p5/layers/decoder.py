@@ -83,8 +83,8 @@ class DecoderLayer(Module):
                     half, self.post_attention_layernorm, self.moe, self.share_expert, routed_limit, shared_limit
                 )
             return dense_layer(half, self.post_attention_layernorm, self.mlp, shared_limit)
-        h = h + self.self_attn(self.input_layernorm(h), cache_layer, kv_collection, rope_table, input_row_offsets)
-        x = self.post_attention_layernorm(h)
+        y = self.self_attn(self.input_layernorm(h), cache_layer, kv_collection, rope_table, input_row_offsets)
+        h, x = self.post_attention_layernorm.of_sum(h, y)
         if isinstance(self.config.mlp, MoEConfig):
             # In the experts' float32 up to the sum: in bfloat16 each term would be rounded by itself.
             experts = self.moe.with_shared(x, self.share_expert, routed_limit, shared_limit)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from max.dtype import DType
+from max.graph import TensorValue
 from max.nn.norm import RMSNorm as _RMSNorm
 
+from typing_extensions import override
+
+from .. import kernels
 from ..layer_config import ModelConfig
 
 
@@ -25,3 +29,17 @@ class RMSNorm(_RMSNorm):
             weight_offset=1.0 if model.zero_centered_norm else 0.0,
             multiply_before_cast=True,
         )
+
+    @override
+    def __call__(self, x: TensorValue) -> TensorValue:
+        """Norms `x [tokens, dim]`."""
+        if x.device.is_cpu():
+            return super().__call__(x)
+        return kernels.norm(x, self.weight.to(x.device), eps=self.eps, offset=self.weight_offset)
+
+    def of_sum(self, x: TensorValue, delta: TensorValue) -> tuple[TensorValue, TensorValue]:
+        """`x + delta` in the type of `x`, and its norm; both `[tokens, dim]`."""
+        if x.device.is_cpu():
+            total = x + delta
+            return total, self(total)
+        return kernels.add_norm(x, delta, self.weight.to(x.device), eps=self.eps, offset=self.weight_offset)

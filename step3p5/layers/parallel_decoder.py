@@ -96,9 +96,9 @@ class ParallelDecoderLayer(DecoderLayer):
             part.self_attn(part.input_layernorm(h[i]), cache_layer, kv_collections[i], tables[i], input_row_offsets[i])
             for i, part in enumerate(self.parts)
         ]
-        h = _add(h, exchange(self.plan.after_attention, y))
-
-        x = [part.post_attention_layernorm(h[i]) for i, part in enumerate(self.parts)]
+        y = exchange(self.plan.after_attention, y)
+        sums = [part.post_attention_layernorm.of_sum(h[i], y[i]) for i, part in enumerate(self.parts)]
+        h, x = [list(of) for of in zip(*sums, strict=True)]
         if not isinstance(self.config.mlp, MoEConfig):
             y = [part.mlp(x[i], shared_limit) for i, part in enumerate(self.parts)]
             return _add(h, exchange(self.plan.after_mlp, y))
