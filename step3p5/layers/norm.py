@@ -5,7 +5,6 @@ from __future__ import annotations
 from max.dtype import DType
 from max.graph import TensorValue
 from max.nn.norm import RMSNorm as _RMSNorm
-
 from typing_extensions import override
 
 from .. import kernels
