@@ -24,7 +24,7 @@ from .kernels import linear
 from .layer_config import LayerConfig, ModelConfig
 from .layers.decoder import DecoderLayer
 from .layers.linear import Linear
-from .layers.norm import RMSNorm
+from .layers.norm import RMSNorm, summed
 from .layers.rope import rope_table
 from .precision import activation_dtype, weight_dtype
 from .traced_module import TracedModule
@@ -159,8 +159,9 @@ class MTPDepth(TracedModule):
         embedded = ops.cast(self.embed_tokens(tokens), self.dtype)
         joined = ops.concat([self.enorm(embedded), self.hnorm(previous)], axis=-1)
         table = () if rope is None else (rope_table(rope, tokens, input_row_offsets, kv_collection.cache_lengths),)
-        z = self.layer(
-            self.eh_proj(joined), cache_layer, kv_collection, input_row_offsets, swiglu_limit, swiglu_limit, *table
+        stream = [self.eh_proj(joined)]
+        z = summed(
+            *self.layer(stream, cache_layer, kv_collection, input_row_offsets, swiglu_limit, swiglu_limit, *table)
         )
         best, logits = self.shared_head(ops.gather(z, last_rows, axis=0), *head_inputs)
         drafts = ops.rebind(best, known.shape)

@@ -22,7 +22,7 @@ from typing_extensions import override
 from .layer_config import AttentionKind, RopeConfig
 from .layers.exchange import Exchange
 from .layers.linear import Linear
-from .layers.norm import RMSNorm
+from .layers.norm import RMSNorm, summed
 from .layers.parallel_decoder import ParallelDecoderLayer
 from .layers.placement import place_weights
 from .layers.rope import rope_table
@@ -145,7 +145,7 @@ class ParallelStep3p5(TracedModule):
                 tables[attention.rope] if attention.rope is not None else [],
             ]
 
-        h = forward_sequential_layers(
+        stream = forward_sequential_layers(
             list(self.layers),
             inputs_for_layer=inputs_for_layer,
             initial_hidden_states=h,
@@ -154,6 +154,7 @@ class ParallelStep3p5(TracedModule):
             name_for_subgraph=lambda index: f"{Graph.current.name}_layers_{index}",
             weight_prefix_for_layer=lambda index: f"layers.{index}.",
         )
+        h = [summed(*stream[index :: len(self.devices)]) for index in range(len(self.devices))]
         return distributed_logits_postprocess(
             h,
             offsets,

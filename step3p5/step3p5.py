@@ -21,7 +21,7 @@ from .checkpoint_tensors import TensorRole
 from .layer_config import AttentionKind, LayerConfig, MoEConfig, RopeConfig
 from .layers.decoder import DecoderLayer
 from .layers.linear import Linear
-from .layers.norm import RMSNorm
+from .layers.norm import RMSNorm, summed
 from .layers.rope import rope_table
 from .model_config import Step3p5Config
 from .precision import activation_dtype, weight_dtype
@@ -94,7 +94,7 @@ class Step3p5(TracedModule):
             attention = layers[index].attention
             cache_layer = ops.constant(cache_layers[index], DType.uint32, device=DeviceRef.CPU())
             inputs: list[Tree[Any]] = [
-                hidden[0],
+                hidden,
                 cache_layer,
                 kv_collections[attention.kind],
                 input_row_offsets,
@@ -104,7 +104,7 @@ class Step3p5(TracedModule):
                 inputs.append(tables[attention.rope])
             return inputs
 
-        (h,) = forward_sequential_layers(
+        stream = forward_sequential_layers(
             list(self.layers),
             inputs_for_layer=inputs_for_layer,
             initial_hidden_states=[self.embed(tokens)],
@@ -113,7 +113,7 @@ class Step3p5(TracedModule):
             name_for_subgraph=lambda index: f"{Graph.current.name}_layers_{index}",
             weight_prefix_for_layer=lambda index: f"layers.{index}.",
         )
-        return h
+        return summed(*stream)
 
     def outputs(
         self, h: TensorValue, input_row_offsets: TensorValue, return_n_logits: TensorValue
@@ -188,10 +188,15 @@ def rope_configs(layers: Sequence[LayerConfig]) -> list[RopeConfig]:
 
 
 def layers_of_equal_shape(layers: Sequence[LayerConfig]) -> list[list[int]]:
-    """Groups layers whose graphs are the same: each group compiles as one subgraph."""
-    groups: dict[LayerConfig, list[int]] = {}
+    """Groups layers whose graphs are the same: each group compiles as one subgraph.
+
+    A layer takes what the one before leaves to be added, which for a dense MLP has another type than for experts.
+    """
+    groups: dict[tuple[LayerConfig, type | None], list[int]] = {}
+    before: type | None = None
     for position, layer in enumerate(layers):
-        groups.setdefault(_graph_key(layer), []).append(position)
+        groups.setdefault((_graph_key(layer), before), []).append(position)
+        before = type(layer.mlp)
     return list(groups.values())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from max.dtype import DType
-from max.graph import DeviceRef, TensorValue, ops
+from max.graph import DeviceRef, TensorValue
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
 from max.nn.layer import Module
 
@@ -46,18 +46,19 @@ class DecoderLayer(Module):
 
     def __call__(
         self,
-        h: TensorValue,
+        stream: list[TensorValue],
         cache_layer: TensorValue,
         kv_collection: PagedCacheValues,
         input_row_offsets: TensorValue,
         routed_limit: TensorValue,
         shared_limit: TensorValue,
         rope_table: TensorValue | None = None,
-    ) -> TensorValue:
+    ) -> list[TensorValue]:
         """Runs the layer; what differs between layers of one shape comes in as a value.
 
         Args:
-            h: Hidden states, `[total_seq_len, hidden_size]`.
+            stream: Hidden states `[total_seq_len, hidden_size]`, and behind them what is yet to be added, if anything:
+                a GPU adds it in the launch of the norm that follows.
             cache_layer: See `Attention`.
             kv_collection: See `Attention`.
             input_row_offsets: See `Attention`.
@@ -66,8 +67,9 @@ class DecoderLayer(Module):
             rope_table: See `Attention`.
 
         Returns:
-            `[total_seq_len, hidden_size]`.
+            The same of the next layer.
         """
+        h, *addend = stream
         if h.device.is_cpu():
             half = AttentionHalf(
                 self.input_layernorm,
@@ -79,14 +81,13 @@ class DecoderLayer(Module):
                 input_row_offsets,
             )
             if isinstance(self.config.mlp, MoEConfig):
-                return moe_layer(
-                    half, self.post_attention_layernorm, self.moe, self.share_expert, routed_limit, shared_limit
-                )
-            return dense_layer(half, self.post_attention_layernorm, self.mlp, shared_limit)
-        y = self.self_attn(self.input_layernorm(h), cache_layer, kv_collection, rope_table, input_row_offsets)
+                norm = self.post_attention_layernorm
+                return [moe_layer(half, norm, self.moe, self.share_expert, routed_limit, shared_limit)]
+            return [dense_layer(half, self.post_attention_layernorm, self.mlp, shared_limit)]
+        h, x = self.input_layernorm.of_sum(h, *addend)
+        y = self.self_attn(x, cache_layer, kv_collection, rope_table, input_row_offsets)
         h, x = self.post_attention_layernorm.of_sum(h, y)
         if isinstance(self.config.mlp, MoEConfig):
             # In the experts' float32 up to the sum: in bfloat16 each term would be rounded by itself.
-            experts = self.moe.with_shared(x, self.share_expert, routed_limit, shared_limit)
-            return ops.cast(h + experts, h.dtype)
-        return h + self.mlp(x, shared_limit)
+            return [h, self.moe.with_shared(x, self.share_expert, routed_limit, shared_limit)]
+        return [h, self.mlp(x, shared_limit)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from max.dtype import DType
-from max.graph import TensorValue
+from max.graph import TensorValue, ops
 from max.nn.norm import RMSNorm as _RMSNorm
 from typing_extensions import override
 
@@ -36,9 +36,17 @@ class RMSNorm(_RMSNorm):
             return super().__call__(x)
         return kernels.norm(x, self.weight.to(x.device), eps=self.eps, offset=self.weight_offset)
 
-    def of_sum(self, x: TensorValue, delta: TensorValue) -> tuple[TensorValue, TensorValue]:
-        """`x + delta` in the type of `x`, and its norm; both `[tokens, dim]`."""
-        if x.device.is_cpu():
-            total = x + delta
+    def of_sum(self, x: TensorValue, *addend: TensorValue) -> tuple[TensorValue, TensorValue]:
+        """`x`, with what is yet to be added to it, in the type of `x`, and its norm; all `[tokens, dim]`."""
+        if not addend or x.device.is_cpu():
+            total = summed(x, *addend)
             return total, self(total)
-        return kernels.add_norm(x, delta, self.weight.to(x.device), eps=self.eps, offset=self.weight_offset)
+        (y,) = addend
+        return kernels.add_norm(x, y, self.weight.to(x.device), eps=self.eps, offset=self.weight_offset)
+
+
+def summed(x: TensorValue, *addend: TensorValue) -> TensorValue:
+    """`x` with what is yet to be added to it, if anything, in the type of `x`."""
+    for y in addend:
+        x = ops.cast(x + y, x.dtype)
+    return x

@@ -60,7 +60,7 @@ class ParallelDecoderLayer(DecoderLayer):
 
     def __call__(  # type: ignore[override]  # a list a device, where the whole layer has one value
         self,
-        h: list[TensorValue],
+        stream: list[TensorValue],
         cache_layer: TensorValue,
         kv_collections: list[PagedCacheValues],
         input_row_offsets: list[TensorValue],
@@ -75,7 +75,8 @@ class ParallelDecoderLayer(DecoderLayer):
         """Runs the layer on lists of one value a device; see `DecoderLayer`.
 
         Args:
-            h: Hidden states of every device's tokens, `[tokens, hidden_size]`.
+            stream: Hidden states of every device's tokens, `[tokens, hidden_size]`, and behind all of them what is yet
+                to be added to each, if anything.
             cache_layer: See `Attention`.
             kv_collections: Every device's cache.
             input_row_offsets: Of every device's requests.
@@ -88,20 +89,23 @@ class ParallelDecoderLayer(DecoderLayer):
             rope_tables: Every device's table; empty where the layer does not rotate.
 
         Returns:
-            Hidden states of every device's tokens.
+            The same of the next layer.
         """
         exchange = Exchange(signals)
         tables = rope_tables or [None] * len(self.parts)
+        num_devices = len(self.parts)
+        sums = [part.input_layernorm.of_sum(*stream[i::num_devices]) for i, part in enumerate(self.parts)]
+        h, x = (list(of) for of in zip(*sums, strict=True))
         y = [
-            part.self_attn(part.input_layernorm(h[i]), cache_layer, kv_collections[i], tables[i], input_row_offsets[i])
+            part.self_attn(x[i], cache_layer, kv_collections[i], tables[i], input_row_offsets[i])
             for i, part in enumerate(self.parts)
         ]
         y = exchange(self.plan.after_attention, y)
         sums = [part.post_attention_layernorm.of_sum(h[i], y[i]) for i, part in enumerate(self.parts)]
-        h, x = [list(of) for of in zip(*sums, strict=True)]
+        h, x = (list(of) for of in zip(*sums, strict=True))
         if not isinstance(self.config.mlp, MoEConfig):
             y = [part.mlp(x[i], shared_limit) for i, part in enumerate(self.parts)]
-            return _add(h, exchange(self.plan.after_mlp, y))
+            return [*h, *exchange(self.plan.after_mlp, y)]
         if self.plan.before_mlp is Collective.DISPATCH:
             experts = [part.moe.experts for part in self.parts]
             dispatch: Dispatch = (
@@ -109,14 +113,14 @@ class ParallelDecoderLayer(DecoderLayer):
                 if mailboxes
                 else HostDispatch(experts, row_bounds[0])
             )
-            return _add(h, self._dispatched(x, routed_limit, shared_limit, dispatch))
+            return [*h, *self._dispatched(x, routed_limit, shared_limit, dispatch)]
         shared = [part.share_expert(x[i], shared_limit) for i, part in enumerate(self.parts)]
         y = [part.moe(x[i], routed_limit) for i, part in enumerate(self.parts)]
         if self.plan.shared_expert_is_partial:
             # In the experts' float32; what is exchanged has the type of the hidden states.
             y = _add(y, shared)
         y = exchange(self.plan.after_mlp, [ops.cast(of, x[i].dtype) for i, of in enumerate(y)])
-        return _add(h, y if self.plan.shared_expert_is_partial else _add(y, shared))
+        return [*h, *(y if self.plan.shared_expert_is_partial else _add(y, shared))]
 
     def _dispatched(
         self, x: list[TensorValue], routed_limit: TensorValue, shared_limit: TensorValue, dispatch: Dispatch
