@@ -17,6 +17,7 @@ from speculation_harness import generate, load, prompts_of, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
+from step3p5.speculation.steady_cycle import SteadyCycle
 
 DEPTH = 3
 
@@ -149,6 +150,54 @@ def test_a_request_can_end_in_a_cycle_that_was_launched_for_another_batch(
                 scheduler.step([long])
             assert (scheduler.of(short), scheduler.of(long)) == (want[0], want[1])
     assert ended_ahead
+
+
+def test_the_next_cycle_is_launched_before_the_tokens_are_taken_note_of(
+    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step on, which the scheduler made room for."""
+    prompts, pipeline = prompts_of(rng, 20, 33, 140), drafting.pipeline
+    want = generate(drafting, [request(prompt, 60) for prompt in prompts])
+    contexts, events = [request(prompt, 60) for prompt in prompts], list[str]()
+    launch, commit = SteadyCycle.launch, type(pipeline)._commit_cycle
+
+    def keep_launch(*arguments: Any) -> Any:
+        events.append("launch")
+        return launch(*arguments)
+
+    def keep_commit(*arguments: Any) -> Any:
+        events.append("commit")
+        return commit(*arguments)
+
+    monkeypatch.setattr(SteadyCycle, "launch", keep_launch)
+    monkeypatch.setattr(type(pipeline), "_commit_cycle", keep_commit)
+    with Scheduler(pipeline) as scheduler:
+        for context in contexts:
+            scheduler.join(context)
+        while len(scheduler.live) == len(contexts):
+            scheduler.step(contexts)
+        while scheduler.live:
+            scheduler.step(scheduler.live)
+        assert [scheduler.of(context) for context in contexts] == want
+    assert events[:9] == ["launch", "commit", "launch", *3 * ["launch", "commit"]]
+
+
+def test_a_text_that_ends_has_no_cycle_behind_it(drafting: AutoModel, rng: np.random.Generator) -> None:
+    prompts = prompts_of(rng, 20, 33)
+    want = generate(drafting, [request(prompt, 80) for prompt in prompts])
+    last = next(token for token in want[0][40:] if token not in want[0][:40])
+    contexts = [request(prompts[0], 80, eos=[last]), request(prompts[1], 80)]
+    with Scheduler(drafting.pipeline) as scheduler:
+        for context in contexts:
+            scheduler.join(context)
+        while scheduler.runs(contexts[0]):
+            scheduler.step(contexts)
+        assert not scheduler.is_ahead
+        while scheduler.live:
+            scheduler.step(contexts[1:])
+        ended, whole = map(scheduler.of, contexts)
+    assert ended == want[0][: want[0].index(last) + 1]
+    assert whole == want[1]
 
 
 def test_without_room_in_the_cache_nothing_is_launched_ahead(

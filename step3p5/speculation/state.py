@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 
+from max.pipelines.context.tokens import TokenBuffer
+
 from .drafted import Drafts
 from .kept_rows import Rows
+from .rows import Advance
 
 
 class RequestState:
@@ -47,6 +50,23 @@ class RequestState:
     def rows_to_keep(self, end: int, depth: int) -> int:
         """How many of the positions before `end` must be kept once a pass of `depth` depths has read up to it."""
         return end - max(min(self._done_after(end, depth)), end - self._limit)
+
+    def next_advance(self, tokens: TokenBuffer, first_row: int, depth: int) -> Advance:
+        """What a step gave the request.
+
+        Args:
+            tokens: The request's tokens after it.
+            first_row: See `Advance`.
+            depth: Depths that are to draft for the request; 0 for none.
+        """
+        start, end = self.position, tokens.processed_length
+        kept = start - self.first_unread(depth) if depth else 0
+        wanted, new = self.rows_to_keep(end, depth), end - start
+        # Rows that an earlier step kept are kept again if that makes all of them lie together.
+        keeps_all = wanted <= kept + new
+        return Advance(
+            tokens.all, start, end, first_row, kept, depth > 0, wanted if keeps_all else new, keeps_all=keeps_all
+        )
 
     def advance(self, end: int, depth: int, new_rows: Rows, drafts: Drafts | None) -> None:
         """Records a step.

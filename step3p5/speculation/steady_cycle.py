@@ -26,8 +26,12 @@ from .drafted import Drafted, DraftReader
 from .host_rows import host_dtype, rows_from_host, rows_to_host
 from .kept_rows import DeviceRows, KeptRows, Rows, common_source, concatenated, split_rows
 from .rows import Int64
+from .transfers import OneCopy
 
 Cache: TypeAlias = KVCacheInputsPerDevice[Buffer, Buffer]
+
+Caches: TypeAlias = Mapping[str, Sequence[Cache]]
+"""The cache of each kind, on the one device."""
 
 Sampler: TypeAlias = Callable[[Buffer], Buffer]
 """Draws a token for each row of logits `[rows, vocab_size]`, `[rows]` int64, all on the device."""
@@ -132,6 +136,7 @@ class SteadyCycle:
         self._begun: list[Buffer] = []  # a copy goes on after the call, on a CPU too, and keeps no source alive
         self._drafted: list[Buffer] = []
         self._reader = DraftReader(graphs.device)
+        self._lengths = OneCopy(graphs.device)
         self._result: Buffer | None = None
         self._states: Buffer | None = None
         if not graphs.device.is_host:
@@ -167,7 +172,12 @@ class SteadyCycle:
             [kept.on_device[place : place + 1, :] for place in places.tolist()],
         )
 
-    def launch(self, caches: Mapping[str, Sequence[Cache]], sample: Sampler | None) -> DeviceEvent | None:
+    def at_lengths(self, caches: Caches, lengths: Int64) -> Caches:
+        """The same caches with `lengths` positions of each request in them."""
+        (sent,) = self._lengths.send(lengths.astype(np.uint32))
+        return {kind: [dataclasses.replace(cache, cache_lengths=sent)] for kind, (cache,) in caches.items()}
+
+    def launch(self, caches: Caches, sample: Sampler | None) -> DeviceEvent | None:
         """Launches a cycle.
 
         Args:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from max.driver import DeviceEvent
 from max.pipelines.context import TextContext
 
 from ..steady_batch import same_requests
 from .kept_rows import CycleRows
+from .rows import Int64
 from .steady_cycle import SteadyCycle
 
 
@@ -43,6 +45,11 @@ class SteadyRun:
         """Processed length of each request when the last cycle ended."""
         self.launched: Launched | None = None
         """The cycle after the last one that ended, if it was launched ahead of its step."""
+        trackers = [context.eos_tracker for context in batch]
+        self._end_tokens: list[int] | None = None
+        """Tokens that end a text; `None` where sequences of several do."""
+        if not any(tracker.eos_sequences for tracker in trackers):
+            self._end_tokens = sorted(set().union(*(tracker.eos_token_ids for tracker in trackers)))
         self.end_cycle()
         self._verified: float | None = None
 
@@ -57,6 +64,15 @@ class SteadyRun:
     def end_cycle(self) -> None:
         """Takes note of where the requests are."""
         self.ends = [context.tokens.processed_length for context in self.batch]
+
+    def ends_a_text(self, result: Int64) -> bool:
+        """Whether a request may end with what a cycle drew, drafts that were not accepted included."""
+        return self._end_tokens is None or bool(np.isin(result[:, :-1], self._end_tokens).any())
+
+    def lengths_after(self, result: Int64) -> Int64:
+        """Positions in the cache of each request and what fills the batch up, after a cycle with `result`."""
+        padding = [context.tokens.processed_length for context in self.padding]
+        return np.concatenate([np.array(self.ends) + result[:, -1] + 1, np.array(padding, dtype=np.int64)])
 
     def seconds_of_cycle(self, verified: float) -> float | None:
         """Seconds from the verification before to that at `verified`; `None` where that is not the time to expect."""
