@@ -33,8 +33,9 @@ from typing import Any
 from arguments import OneLineParser, devices, positive_int, positive_ints
 from bandwidth import usable_cores
 from contention import CpuTimes, cores_taken
+from max.pipelines.lib.auto_model import AutoModel
 from report import Environment, Spread, format_table, write_json
-from speculation_moving import MovingReport, moving_phases, run_moving
+from speculation_moving import MovingReport, PhaseResult, moving_phases, run_moving, run_moving_apart
 from speculation_run import FIRST_TEXT_TOKEN, PROMPT_TOKENS, Case, Settings, random_prompts, run_case
 from speculation_tokens import ComparisonReport, compare_pipelines
 from tqdm import tqdm
@@ -184,6 +185,26 @@ def measure(model: str, config: ModelConfig, options: argparse.Namespace, depth:
     return cases
 
 
+def measure_moving(options: argparse.Namespace, config: ModelConfig, depth: int) -> tuple[list[PhaseResult], float]:
+    """Runs through changing batches and both checkpoints; see `run_moving`."""
+    settings = settings_of(options)
+    folders = {Path(folder).name: folder for folder in (options.model, options.moving)}
+    phases = moving_phases(options.batches, *folders)
+    requests = range(FIRST_TEXT_TOKEN, config.vocab_size - 64), PROMPT_TOKENS, options.new_tokens
+
+    def load_plain(name: str) -> AutoModel:
+        return settings.load_plain(folders[name])
+
+    def load_drafting(name: str) -> AutoModel:
+        return settings.load_drafting(folders[name], depth)
+
+    if not settings.fit_together:
+        return run_moving_apart(load_plain, load_drafting, phases, depth, *requests, options.devices)
+    models = {name: (load_plain(name), load_drafting(name)) for name in folders}
+    pipelines = {name: (plain.pipeline, drafting.pipeline) for name, (plain, drafting) in models.items()}
+    return run_moving(pipelines, phases, *requests)
+
+
 def settings_of(options: argparse.Namespace) -> Settings:
     """How the command line wants the pipelines loaded."""
     return Settings(
@@ -216,8 +237,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--new-tokens: found {options.new_tokens}, expected at most {MAX_LENGTH - PROMPT_TOKENS}")
     if options.moving is not None and Path(options.moving).name == Path(options.model).name:
         parser.error(f"--moving: found {options.moving}, expected a folder of another name than MODEL's")
-    if options.moving is not None and options.devices != "cpu":
-        parser.error(f"--moving: found --devices {options.devices}, expected cpu: it loads four pipelines at a time")
     return options
 
 
@@ -262,18 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sys.exit(any(comparison.unexplained for comparison in comparisons))
     if options.moving is not None:
-        settings = settings_of(options)
-        models = {
-            Path(name).name: (settings.load_plain(name), settings.load_drafting(name, max(depths)))
-            for name in (options.model, options.moving)
-        }
-        phases, cost = run_moving(
-            {name: (plain.pipeline, drafting.pipeline) for name, (plain, drafting) in models.items()},
-            moving_phases(options.batches, *models),
-            range(FIRST_TEXT_TOKEN, model.vocab_size - 64),
-            PROMPT_TOKENS,
-            options.new_tokens,
-        )
+        phases, cost = measure_moving(options, model, max(depths))
         show(
             MovingReport(
                 benchmark="speculation_moving",

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import plot
 import report
 import speculation
+import speculation_moving
 from speculation_moving import MovingReport, Phase, PhaseResult, moving_phases
 from speculation_run import Case
 from speculation_tokens import TopTwo, compare, top_two
@@ -22,6 +28,7 @@ from step3p5.config_parser import parse_model_config
 from step3p5.random_checkpoint.hub_config import hub_config
 from step3p5.random_checkpoint.presets import PRESETS
 from step3p5.speculation.draft_vocabulary import SIZE_VARIABLE
+from step3p5.speculation.policy import FixedDepth
 from step3p5.speculation.statistics import Statistics
 
 BF16 = CheckpointDtype.BFLOAT16
@@ -85,6 +92,38 @@ def test_a_moving_run_goes_through_all_batches_at_both_acceptances_and_returns()
     there = [Phase(batch, "often") for batch in (1, 4, 16)]
     back = [Phase(batch, "rarely") for batch in (16, 4, 1)]
     assert moving_phases((1, 4, 16), "often", "rarely") == [*there, *back, there[0]]
+
+
+def test_where_one_pipeline_fits_at_a_time_one_policy_goes_through_all_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    runs: list[tuple[str, int, object]] = []
+
+    @contextmanager
+    def load(kind: str, name: str) -> Iterator[SimpleNamespace]:
+        loaded.append(f"{kind} {name}")
+        pipeline = SimpleNamespace(name=loaded[-1], policy=object(), statistics=Statistics(2))
+        yield SimpleNamespace(pipeline=pipeline)
+
+    def run(pipeline: Any, prompts: list[object], new_tokens: int, devices: str) -> SimpleNamespace:
+        runs.append((pipeline.name, len(prompts), pipeline.policy))
+        return SimpleNamespace(tokens=new_tokens * len(prompts), seconds=len(runs), steps=new_tokens)
+
+    monkeypatch.setattr(speculation_moving, "_run_alone", run)
+    phases = moving_phases((1, 4), "often", "rarely")
+    loads = partial(load, "plain"), partial(load, "drafting")
+    requests = 2, range(16, 99), 8, 100
+    results, _ = speculation_moving.run_moving_apart(loads[0], loads[1], phases, *requests, "gpu")
+    assert loaded == [*(f"drafting {name}" for name in ("often", "rarely", "often")), "plain often", "plain rarely"]
+    assert [(result.batch, result.model) for result in results] == [(phase.batch, phase.model) for phase in phases]
+    fixed = [policy for name, _, policy in runs if isinstance(policy, FixedDepth)]
+    assert len(fixed) == 3 * (2 + 2 + 1)
+    chosen = [(batch, policy) for name, batch, policy in runs if "drafting" in name and policy not in fixed]
+    assert [batch for batch, _ in chosen] == [phase.batch for phase in phases]
+    assert len({id(policy) for _, policy in chosen}) == 1
+    # The run of a phase with the plain pipeline comes after one to warm up.
+    seconds = [index + 1 for index, (name, *_) in enumerate(runs) if name == "plain often"][1::2]
+    plain = [result.plain for result in results if result.model == "often"]
+    assert plain == [100 * batch / time for batch, time in zip((1, 4, 1), seconds, strict=True)]
 
 
 def test_a_moving_report_shows_costs_and_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
