@@ -28,6 +28,7 @@ from typing_extensions import override
 from .artifacts import record_or_check
 from .batch_processor import Step3p5BatchProcessor
 from .cpu_quota import limit_threads
+from .greedy_draw import DRAW, draw_spec
 from .mailbox_size import most_tokens
 from .mailboxes import Mailboxes
 from .model_config import Step3p5Config
@@ -110,6 +111,9 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
     state_dict: dict[str, Any]
     """Weights to load into the model."""
 
+    draw: Model | None = None
+    """`GreedyDraw`, compiled."""
+
     ep_comm_initializer: Mailboxes | None = None
     """The GPUs' mailboxes, where they have requests of their own; MAX asks for them by this name once the graphs are
     loaded, and every step takes them as its `ep_inputs`."""
@@ -176,10 +180,17 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
             ArtifactError: If `--precompiled-mefs` names artifacts of other settings.
         """
         limit_threads()
-        decoder = self.load_graphs(session)[GraphRole.DECODER]
+        models = self.load_graphs(session)
         if self.devices[0].is_host:
             spread_workers()
-        return decoder
+        return models[GraphRole.DECODER]
+
+    @override
+    def load_graphs(self, session: InferenceSession) -> dict[str, Model]:
+        """Compiles and initializes the graphs."""
+        models: dict[str, Model] = super().load_graphs(session)
+        self.draw = models.get(DRAW)
+        return models
 
     @override
     def prepare_initial_token_inputs(
@@ -235,17 +246,16 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
 
     @override
     def graph_specs(self, model_config: Any) -> dict[str, GraphSpec]:
-        """The decoder's graph, with its weights."""
+        """The decoder's graph, with its weights, and on a GPU that of greedy draws."""
         assert isinstance(model_config, Step3p5Config)
         record_or_check(self.pipeline_config, model_config)
         module = ParallelStep3p5(model_config) if len(model_config.devices) > 1 else Step3p5(model_config)
         # Safetensors promises no alignment beyond the header's.
         module.load_state_dict(self.state_dict, weight_alignment=1, strict=True)
-        return {
-            GraphRole.DECODER: GraphSpec(
-                module,
-                "step3p5",
-                self._bind_graph_inputs(module.input_tree()),
-                weights=module.state_dict(),
-            )
+        inputs, device = self._bind_graph_inputs(module.input_tree()), model_config.devices[0]
+        specs: dict[str, GraphSpec] = {
+            GraphRole.DECODER: GraphSpec(module, "step3p5", inputs, weights=module.state_dict())
         }
+        if device.is_gpu():
+            specs[DRAW] = draw_spec(model_config.model.vocab_size, device)
+        return specs

@@ -6,12 +6,15 @@ anew what has not changed where the same requests go on decoding.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import numpy.typing as npt
-from max.driver import Buffer
+from max.driver import Buffer, is_virtual_device_mode
 from max.dtype import DType
+from max.engine import Model
 from max.pipelines.context import TextContext
+from max.pipelines.context.logit_processors_type import BatchProcessorInputs
 from max.pipelines.lib import PipelineConfig
 from max.pipelines.lib.pipeline_variants.overlap_text_generation import OverlapTextGenerationPipeline
 from max.pipelines.lib.pipeline_variants.text_generation import TextGenerationPipeline
@@ -21,7 +24,9 @@ from max.pipelines.sampling.sampling_logits_processor import _to_pinned_host_buf
 from max.pipelines.sampling.seeds import request_row_seed
 from typing_extensions import override
 
-from .steady_batch import SteadyPipeline, in_same_order, same_requests
+from .model import Step3p5Model
+from .model_config import Step3p5Config
+from .steady_batch import SteadyPipeline, in_same_order, is_constrained, same_requests, takes_the_best
 
 
 class FutureTokens:
@@ -47,12 +52,45 @@ class FutureTokens:
         )
 
 
-class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
-    """MAX's overlap pipeline; while the batch stays the same, so do its sampling parameters on the device.
+class GreedyDraws:
+    """What draws for a step of requests that all take the greatest logit: one launch, where MAX's sampler has several.
 
-    MAX sends five parameters of every request anew at each step. Of these only the seed changes, and only a draw looks
-    at it.
+    Has what MAX's pipeline uses of its `FusedSamplingProcessor`.
+
+    Args:
+        draw: `GreedyDraw`, compiled.
+        known_tokens: How many tokens can be drawn, the first ones, `[1]` int64 on the device.
     """
+
+    generated_tokens: Buffer
+    """The drawn tokens `[batch, 1]` int64."""
+
+    def __init__(self, draw: Model, known_tokens: Buffer) -> None:
+        self._draw, self._known_tokens = draw, known_tokens
+
+    def logits_for_sampling(
+        self, *, logits: Buffer, next_token_logits: Buffer | None, logit_offsets: Buffer | None
+    ) -> tuple[Buffer, Buffer | None]:
+        """The last tokens' logits; no row needs to be told from others."""
+        del logit_offsets
+        return logits if next_token_logits is None else next_token_logits, None
+
+    def __call__(self, inputs: BatchProcessorInputs) -> None:
+        """Draws from logits `[batch, vocab_size]` float32."""
+        (tokens,) = self._draw.execute(inputs.logits, self._known_tokens)
+        self.generated_tokens = tokens.view(tokens.dtype, (*tokens.shape, 1))
+
+
+class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
+    """MAX's overlap pipeline, with less to do for a draw.
+
+    Where all requests take the greatest logit, a kernel of ours finds it. Else MAX sends five parameters of every
+    request anew at each step; while the batch stays the same, so do these, but for the seed.
+    """
+
+    _pipeline_model: Step3p5Model
+
+    _greedy: GreedyDraws | None = None
 
     _sampler_of: tuple[list[TextContext], FusedSamplingProcessor, Buffer] | None = None
     """The requests of the step before, what sampled for them, and the tokens that it started from: none."""
@@ -61,12 +99,19 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
         super().__init__(*args, **kwargs)
         own: Any = self._realize_future_token_processor
         self._realize_future_token_processor: Any = None if own is None else FutureTokens(own)
+        model, sampling = self._pipeline_model, self._pipeline_config.sampling
+        elsewhere = is_virtual_device_mode() or sampling.enable_variable_logits or self._sampler_device.is_host
+        if model.draw is not None and not elsewhere:
+            known = np.array([min(self.vocab_size, model.arch_config_as(Step3p5Config).model.vocab_size)])
+            self._greedy = GreedyDraws(model.draw, Buffer.from_numpy(known).to(model.devices[0]))
 
     @override
     def _create_sampling_processor(
         self, flat_batch: list[TextContext]
     ) -> tuple[FusedSamplingProcessor, npt.NDArray[Any] | None]:
         """What samples for the batch, and the bitmask of what its grammars allow."""
+        if self._greedy is not None and all(takes_the_best(one) and not is_constrained(one) for one in flat_batch):
+            return cast(Any, self._greedy), None
         if self._sampler_of is not None and same_requests(self._sampler_of[0], flat_batch):
             _, processor, no_tokens = self._sampler_of
             processor.generated_tokens = no_tokens

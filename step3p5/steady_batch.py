@@ -30,11 +30,14 @@ def in_same_order(before: Sequence[TextContext], now: Sequence[TextContext]) -> 
     return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
+def is_constrained(context: TextContext) -> bool:
+    """Whether a grammar may forbid tokens."""
+    return context.matcher is not None or context.json_schema is not None or context.grammar is not None
+
+
 def same_requests(before: Sequence[TextContext], now: Sequence[TextContext]) -> bool:
     """Whether the batch has the same requests in the same order, none of them bound by a grammar since."""
-    return in_same_order(before, now) and all(
-        context.json_schema is None and context.grammar is None for context in now
-    )
+    return in_same_order(before, now) and not any(map(is_constrained, now))
 
 
 def takes_the_best(context: TextContext) -> bool:

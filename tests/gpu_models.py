@@ -37,11 +37,12 @@ from test_parallel_graph import SMALLEST
 from test_parallel_plan import MODES, plan_of
 
 from step3p5.config_parser import parse_model_config
+from step3p5.greedy_draw import GreedyDraw
 from step3p5.layer_config import ModelConfig
 from step3p5.mtp import MTPDepth, PartialHead, SharedHead
 from step3p5.parallel_plan import parallel_plan
 from step3p5.parallel_step3p5 import ParallelStep3p5
-from step3p5.speculation.cycle_graphs import Acceptance, GreedyDraw, Handover
+from step3p5.speculation.cycle_graphs import Acceptance, Handover
 from step3p5.speculation.graphs import RowSelection, TokenSelection, VerifyingStep3p5
 from step3p5.step3p5 import Step3p5
 

@@ -12,7 +12,8 @@ from max.engine import Model
 from max.graph import DeviceRef
 from small_graphs import BuildGraph
 
-from step3p5.speculation.cycle_graphs import Acceptance, GreedyDraw, Handover
+from step3p5.greedy_draw import GreedyDraw
+from step3p5.speculation.cycle_graphs import Acceptance, Handover
 
 DEEPEST = (2, 3)
 VOCAB, HIDDEN, KNOWN = 40, 8, 36

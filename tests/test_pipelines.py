@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from max import tree
 from max.driver import Buffer
 from max.nn.kv_cache import KVCacheInputsPerDevice
+from max.pipelines.context.logit_processors_type import BatchProcessorInputs
 from max.pipelines.modeling.types import BatchType
 
 from step3p5.model import cache_leaves
-from step3p5.pipelines import FutureTokens, OverlapPipeline
+from step3p5.pipelines import FutureTokens, GreedyDraws, OverlapPipeline
 from step3p5.steady_batch import same_requests
 
 
 def context(**changes: Any) -> Any:
-    parameters = SimpleNamespace(top_k=1)
-    return SimpleNamespace(**({"json_schema": None, "grammar": None, "sampling_params": parameters} | changes))
+    parameters = SimpleNamespace(top_k=1, logits_processors=None, needs_penalties=False)
+    free = {"matcher": None, "json_schema": None, "grammar": None, "min_tokens": 0, "sampling_params": parameters}
+    return SimpleNamespace(**(free | changes))
 
 
 class OwnTokens:
@@ -85,6 +87,50 @@ def test_an_unchanged_batch_keeps_its_sampling_parameters(monkeypatch: pytest.Mo
     assert bitmask is None
     assert pipeline._create_sampling_processor(batch[::-1])[0] is not first
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {"grammar": "root ::= [0-9]"},
+        {"matcher": object()},
+        {"min_tokens": 3},
+        {"sampling_params": SimpleNamespace(top_k=4, logits_processors=None, needs_penalties=False)},
+        {"sampling_params": SimpleNamespace(top_k=1, logits_processors=None, needs_penalties=True)},
+    ],
+    ids=["greedy", "grammar", "matcher", "min_tokens", "sampled", "penalties"],
+)
+def test_only_greedy_requests_are_drawn_without_max_s_sampler(
+    monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    of_max = SimpleNamespace(penalty_inputs=None, min_tokens_masks=None, generated_tokens="none")
+    monkeypatch.setattr(OverlapPipeline.__mro__[1], "_create_sampling_processor", lambda *_: (of_max, None))
+    pipeline = object.__new__(OverlapPipeline)
+    pipeline._greedy = GreedyDraws(cast(Any, Greatest()), Buffer.from_numpy(np.array([3])))
+    drawing, bitmask = pipeline._create_sampling_processor([context(), context(**other)])
+    assert bitmask is None
+    assert (drawing is of_max) == bool(other)
+
+
+class Greatest:
+    """Stands for the compiled `GreedyDraw`."""
+
+    def execute(self, logits: Buffer, known: Buffer) -> tuple[Buffer]:
+        return (Buffer.from_numpy(logits.to_numpy()[:, : known.to_numpy()[0]].argmax(-1)),)
+
+
+def test_greedy_draws_are_a_column_of_the_last_tokens_logits(rng: np.random.Generator) -> None:
+    draws = GreedyDraws(cast(Any, Greatest()), Buffer.from_numpy(np.array([3])))
+    own, others = (Buffer.from_numpy(rng.standard_normal((2, 5), np.float32)) for _ in range(2))
+    for last in (None, own):
+        logits, offsets = draws.logits_for_sampling(
+            logits=own if last is None else others, next_token_logits=last, logit_offsets=None
+        )
+        assert logits is own
+        assert offsets is None
+    draws(BatchProcessorInputs(logits=own, logit_offsets=None, context_batch=[]))
+    np.testing.assert_array_equal(draws.generated_tokens.to_numpy(), own.to_numpy()[:, :3].argmax(-1)[:, None])
 
 
 @pytest.mark.parametrize("kinds", [dict, OrderedDict])

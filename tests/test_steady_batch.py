@@ -21,7 +21,7 @@ def context(**changes: Any) -> Any:
     tokens = SimpleNamespace(active=[changes.pop("token", 7)], active_length=1, processed_length=5)
     for name in ("active_length", "processed_length"):
         setattr(tokens, name, changes.pop(name, getattr(tokens, name)))
-    rest = {"json_schema": None, "grammar": None, "min_tokens": 0} | changes
+    rest = {"matcher": None, "json_schema": None, "grammar": None, "min_tokens": 0} | changes
     return SimpleNamespace(tokens=tokens, sampling_params=SimpleNamespace(**parameters), **rest)
 
 

@@ -17,6 +17,8 @@ import numpy.typing as npt
 from max.pipelines.context import TextContext
 from max.pipelines.context.tokens import TokenBuffer
 
+from ..steady_batch import is_constrained
+
 
 class TokensAhead:
     """A request's tokens followed by its first `count` drafts: what the sampler reads of a `TokenBuffer`.
@@ -61,8 +63,7 @@ def can_verify_drafts(context: TextContext) -> bool:
 
     A grammar and a caller's own logits processors must see every token before the next is drawn.
     """
-    constrained = context.matcher is not None or context.json_schema is not None or context.grammar is not None
-    return not constrained and context.sampling_params.logits_processors is None
+    return not is_constrained(context) and context.sampling_params.logits_processors is None
 
 
 def contexts_ahead(context: TextContext, drafts: Sequence[int]) -> list[TextContext]:

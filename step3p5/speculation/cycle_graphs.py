@@ -1,4 +1,4 @@
-"""The graphs of a cycle that needs no host between verifying and drafting: greedy draws, acceptance, the next tokens.
+"""The graphs of a cycle that needs no host between verifying and drafting: acceptance and the next tokens.
 
 Names of dimensions: `B` requests, `d` depths that draft, `K` positions that they read once more (one less than the
 deepest cycle has depths), `R = K + d + 1` rows of a request in a pass of the depths. A cycle begins with `p` positions
@@ -13,40 +13,6 @@ from typing import Any
 from max.dtype import DType
 from max.graph import BufferType, BufferValue, DeviceRef, TensorType, TensorValue, Type, ops
 from max.nn.layer import Module
-
-from .. import kernels
-
-
-class GreedyDraw(Module):
-    """The token of the greatest logit.
-
-    Args:
-        vocab_size: Of the logits.
-        device: Where they are.
-    """
-
-    def __init__(self, vocab_size: int, device: DeviceRef) -> None:
-        super().__init__()
-        self.vocab_size, self.device = vocab_size, device
-
-    def __call__(self, logits: TensorValue, known_tokens: TensorValue) -> tuple[TensorValue]:
-        """Draws a token a row.
-
-        Args:
-            logits: `[rows, vocab_size]` float32.
-            known_tokens: `[1]` int64: tokens from this id on have no words and are not drawn.
-
-        Returns:
-            `[rows]` int64.
-        """
-        return (kernels.greedy(logits, known_tokens),)
-
-    def input_types(self) -> tuple[Type[Any], ...]:
-        """The graph's inputs: those of `__call__`, in its order."""
-        return (
-            TensorType(DType.float32, ["logit_rows", self.vocab_size], self.device),
-            TensorType(DType.int64, [1], self.device),
-        )
 
 
 class Acceptance(Module):

@@ -23,6 +23,7 @@ from ..artifacts import record_or_check
 from ..byte_account import cycle_bytes
 from ..checkpoint_tensors import CheckpointDtype
 from ..config_fields import ConfigError
+from ..greedy_draw import DRAW, draw_spec
 from ..model import Step3p5Model
 from ..model_config import Step3p5Config
 from ..mtp import HEAD_WEIGHT, MTPDepth, PartialHead, SharedHead, depth_weights, swiglu_limit
@@ -31,7 +32,7 @@ from ..step3p5 import index_within_cache
 from ..tokenizer import check_token_ids
 from ..weight_adapters import host_buffer
 from .captured import CapturedGraph
-from .cycle_graphs import Acceptance, GreedyDraw, Handover
+from .cycle_graphs import Acceptance, Handover
 from .draft_heads import DraftHeads
 from .draft_vocabulary import draft_vocabulary_size
 from .drafted import Drafted, DraftReader
@@ -48,8 +49,8 @@ logger = logging.getLogger("max.pipelines")
 SELECTION, TOKENS = "mtp_rows", "mtp_tokens"
 """Roles of the graphs that select the drafts' rows and the tokens to verify."""
 
-DRAW, ACCEPTANCE, HANDOVER = "mtp_draw", "mtp_acceptance", "mtp_handover"
-"""Roles of the graphs of a `SteadyCycle`; with a single depth there is none."""
+ACCEPTANCE, HANDOVER = "mtp_acceptance", "mtp_handover"
+"""Roles of graphs of a `SteadyCycle`; with a single depth there is none."""
 
 TYPICAL_CONTEXT = 1024
 """Tokens of a request that the byte account assumes; where contexts are longer, measured times tell."""
@@ -105,7 +106,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         config = self.arch_config_as(Step3p5Config)
         self.drafts = [models[depth_role(depth)] for depth in range(len(config.drafting_layers))]
         self._selection, self._tokens = models.get(SELECTION), models.get(TOKENS)
-        self._draw, self._acceptance, self._handover = models.get(DRAW), models.get(ACCEPTANCE), models.get(HANDOVER)
+        self._acceptance, self._handover = models.get(ACCEPTANCE), models.get(HANDOVER)
         device = self.devices[0]
         # Each waits for its own last copy alone.
         self._to_verify, self._to_draft, self._drafts = OneCopy(device), OneCopy(device), DraftReader(device)
@@ -170,8 +171,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
         tokens = TokenSelection(len(drafting), device)
         specs[TOKENS] = GraphSpec(tokens, "step3p5_mtp_tokens", tokens.input_types(), weights={})
         if len(drafting) > 1:
-            draw = GreedyDraw(vocab_size, device)
-            specs[DRAW] = GraphSpec(draw, "step3p5_mtp_draw", draw.input_types(), weights={})
+            specs[DRAW] = draw_spec(vocab_size, device)
             accept = Acceptance(len(drafting), model_config.model.hidden_size, hidden_dtype, device)
             specs[ACCEPTANCE] = GraphSpec(accept, "step3p5_mtp_acceptance", accept.input_types(), weights={})
             handover = Handover(len(drafting), device)
@@ -297,7 +297,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
             longest: The most positions that a query of a cycle sees.
             captures: Whether the graphs are captured.
         """
-        if self._draw is None or self._acceptance is None or self._handover is None:
+        if self.draw is None or self._acceptance is None or self._handover is None:
             return None
         config = self.arch_config_as(Step3p5Config)
         vocab_size = config.model.vocab_size
@@ -311,7 +311,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
 
         return CycleGraphs(
             verify=CapturedGraph(self.model, "verification", captures),
-            draw=CapturedGraph(self._draw, "greedy draws", captures),
+            draw=CapturedGraph(self.draw, "greedy draws", captures),
             accept=CapturedGraph(self._acceptance, "acceptance", captures),
             depths=[CapturedGraph(draft, f"MTP depth {depth}", captures) for depth, draft in enumerate(self.drafts)],
             hand_over=CapturedGraph(self._handover, "the next tokens", captures),
