@@ -42,7 +42,7 @@ class GreedyDraw(Module):
     def input_types(self) -> tuple[Type[Any], ...]:
         """The graph's inputs: those of `__call__`, in its order."""
         return (
-            TensorType(DType.float32, ["logit_rows", self.vocab_size], self.device),
+            TensorType(DType.float32, ["rows", self.vocab_size], self.device),
             TensorType(DType.int64, [1], self.device),
         )
 
