@@ -42,7 +42,7 @@ class GreedyDraw(Module):
     def input_types(self) -> tuple[Type[Any], ...]:
         """The graph's inputs: those of `__call__`, in its order."""
         return (
-            TensorType(DType.float32, ["rows", self.vocab_size], self.device),
+            TensorType(DType.float32, ["logit_rows", self.vocab_size], self.device),
             TensorType(DType.int64, [1], self.device),
         )
 
@@ -50,4 +50,4 @@ class GreedyDraw(Module):
 def draw_spec(vocab_size: int, device: DeviceRef) -> GraphSpec:
     """How `GreedyDraw` is compiled."""
     draw = GreedyDraw(vocab_size, device)
-    return GraphSpec(draw, "step3p5_greedy_draw", draw.input_types(), weights={})
+    return GraphSpec(draw, "step3p5_mtp_draw", draw.input_types(), weights={})
