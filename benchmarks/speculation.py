@@ -45,6 +45,7 @@ from step3p5.byte_account import cycle_bytes
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.layer_config import ModelConfig
 from step3p5.pretrained_config import as_step3p5_config
+from step3p5.random_checkpoint.predictable import RING_TOKENS
 from step3p5.speculation.draft_vocabulary import draft_vocabulary_size
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
 
@@ -190,7 +191,8 @@ def measure_moving(options: argparse.Namespace, config: ModelConfig, depth: int)
     settings = settings_of(options)
     folders = {Path(folder).name: folder for folder in (options.model, options.moving)}
     phases = moving_phases(options.batches, *folders)
-    requests = range(FIRST_TEXT_TOKEN, config.vocab_size - 64), PROMPT_TOKENS, options.new_tokens
+    vocabulary = range(FIRST_TEXT_TOKEN, min(RING_TOKENS, config.vocab_size - 64))
+    requests = vocabulary, PROMPT_TOKENS, options.new_tokens
 
     def load_plain(name: str) -> AutoModel:
         return settings.load_plain(folders[name])

@@ -17,6 +17,7 @@ from speculation_harness import generate, load, prompts_of, request
 
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
+from step3p5.speculation.policy import FixedDepth
 from step3p5.speculation.steady_cycle import SteadyCycle
 
 DEPTH = 3
@@ -98,12 +99,13 @@ class Scheduler:
         return self.generated[str(context.request_id)]
 
 
-@pytest.mark.parametrize("stays_on_device", [False, True])
+@pytest.mark.parametrize(("stays_on_device", "depth"), [(False, DEPTH), (True, DEPTH), (True, 0)])
 def test_any_batches_give_the_same_tokens(
-    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, stays_on_device: bool
+    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, stays_on_device: bool, depth: int
 ) -> None:
     """Requests join, are left out of steps, are preempted, need new pages of the cache; one is hung up."""
     pipeline: Any = drafting.pipeline
+    monkeypatch.setattr(pipeline, "policy", FixedDepth([(1, 8, depth)], DEPTH))
     monkeypatch.setattr(pipeline._pipeline_model, "stays_on_device", stays_on_device)
     prompts, lengths = prompts_of(rng, 5, 60, 120, 30, 9, 250), (90, 130, 40, 150, 130, 25)
     want = generate(drafting, [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)])
@@ -193,6 +195,45 @@ def test_a_text_that_ends_has_no_cycle_behind_it(drafting: AutoModel, rng: np.ra
         while scheduler.runs(contexts[0]):
             scheduler.step(contexts)
         assert not scheduler.is_ahead
+        while scheduler.live:
+            scheduler.step(contexts[1:])
+        ended, whole = map(scheduler.of, contexts)
+    assert ended == want[0][: want[0].index(last) + 1]
+    assert whole == want[1]
+
+
+def test_without_drafts_a_cycle_is_launched_before_the_one_before_has_ended(
+    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text may end in the one before: then the next one is for the others."""
+    pipeline: Any = drafting.pipeline
+    monkeypatch.setattr(pipeline, "policy", FixedDepth([(1, 8, 0)], DEPTH))
+    prompts = prompts_of(rng, 20, 33)
+    want = generate(drafting, [request(prompt, 60) for prompt in prompts])
+    last = next(token for token in want[0][30:] if token not in want[0][:30])
+    contexts, in_flight = [request(prompts[0], 60, eos=[last]), request(prompts[1], 60)], list[bool]()
+    wait = type(pipeline)._wait
+
+    def keep_wait(*arguments: Any) -> Any:
+        in_flight.append(len(launches) > len(in_flight) + 1)
+        return wait(*arguments)
+
+    launches: list[None] = []
+    launch = SteadyCycle.launch
+
+    def keep_launch(*arguments: Any) -> Any:
+        launches.append(None)
+        return launch(*arguments)
+
+    monkeypatch.setattr(type(pipeline), "_wait", keep_wait)
+    monkeypatch.setattr(SteadyCycle, "launch", keep_launch)
+    with Scheduler(pipeline) as scheduler:
+        for context in contexts:
+            scheduler.join(context)
+        while scheduler.runs(contexts[0]):
+            scheduler.step(contexts)
+        assert scheduler.is_ahead
+        assert in_flight[1:] == [True] * (len(in_flight) - 1)
         while scheduler.live:
             scheduler.step(contexts[1:])
         ended, whole = map(scheduler.of, contexts)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import numpy.typing as npt
-from max.driver import Buffer, DeviceEvent, is_virtual_device_mode
+from max.driver import Buffer, is_virtual_device_mode
 from max.nn.kv_cache import BatchCharacteristics
 from max.nn.kv_cache.cache_params import spec_decode_cache_slack
 from max.pipelines.context import TextContext, TextGenerationOutput
@@ -22,7 +23,7 @@ from .drafted import Drafts
 from .padding import Padding, padded_size
 from .policy import CYCLE_TRIALS, DraftPlan
 from .rows import Int64
-from .steady_cycle import Caches, Sampler, Start, SteadyCycles
+from .steady_cycle import Caches, Outcome, Sampler, Start, SteadyCycles
 from .steady_run import Launched, SteadyRun
 from .stepping import SteppingPipeline, outputs_of
 
@@ -204,24 +205,24 @@ class SpeculativePipeline(SteppingPipeline):
         self._pipeline_model.await_inputs()
         return Launched(started, run.cycle.launch(caches, self._sampler_of(run)))
 
-    def _launch_at_once(self, run: SteadyRun, result: Int64, caches: Caches) -> Launched | None:
-        """Launches the cycle after one that has just given `result`, before anything else is done with that.
+    def _launch_at_once(self, run: SteadyRun, accepted: Int64, caches: Caches) -> Launched | None:
+        """Launches the cycle after one before anything is done with that one's tokens.
 
         Args:
             run: What goes on.
-            result: As of `SteadyCycle`, of the requests.
-            caches: What `_cache_inputs` gave while the cycle was on its way.
+            accepted: How many drafts of each request that cycle accepts.
+            caches: What `_cache_inputs` gave while that cycle was on its way.
 
         Returns:
-            The cycle; `None` if a text ends, a request has left, or the policy wants another depth.
+            The cycle; `None` if a request has left, or the policy wants another depth.
         """
-        if run.ends_a_text(result) or not all(self._are_there(run)):
+        if not all(self._are_there(run)):
             return None
         self._next_plan = self.policy.plan(len(run.batch), True)
         if self._next_plan != DraftPlan(run.cycle.depth, len(run.batch)):
             return None
         self._planned, self._next_plan = self._next_plan, None
-        return self._launch_cycle(run, run.cycle.at_lengths(caches, run.lengths_after(result)))
+        return self._launch_cycle(run, run.cycle.at_lengths(caches, run.lengths_after(accepted)))
 
     def _launch_ahead(self, run: SteadyRun, *, has_room: bool) -> None:
         """Launches the next cycle while the depths still draft, if nothing but another batch can come between.
@@ -273,16 +274,19 @@ class SpeculativePipeline(SteppingPipeline):
         Args:
             run: What the cycle belongs to.
             launched: The cycle.
-            following: The cache for the next one, if that can be launched as soon as the result is there.
+            following: The cache for the next one, if that can be launched as soon as it is known what is accepted.
         """
-        result = self._wait(run, launched.ready)
+        ahead = None
+        if following is not None and not run.cycle.depth:
+            # Nothing is to be accepted. Should a text end, the next cycle is for the others.
+            ahead = self._launch_at_once(run, np.zeros(1, dtype=np.int64), following)
+        result, hidden = self._wait(run, launched.outcome)
         verified, model, run.launched = time.perf_counter(), self._pipeline_model, None
         seconds = run.seconds_of_cycle(verified)
         if model.heads is not None:
             model.heads.see(result[:, :-1].ravel())
-        # The next cycle's results take the place of these.
-        hidden = run.cycle.hidden[: len(run.batch)] if run.cycle.leaves_rows else None
-        ahead = None if following is None else self._launch_at_once(run, result, following)
+        if following is not None and run.cycle.depth and not run.ends_a_text(result):
+            ahead = self._launch_at_once(run, result[:, -1], following)
         advanced = self._commit_cycle(run, result, hidden)
         if ahead is not None:
             self._note_ahead(run, ahead)
@@ -312,11 +316,12 @@ class SpeculativePipeline(SteppingPipeline):
 
         return sample
 
-    def _wait(self, run: SteadyRun, ready: DeviceEvent | None) -> Int64:
-        """What a cycle drew and accepted, once it is on the host."""
-        if ready is not None:
-            ready.synchronize()
-        return run.cycle.result[: len(run.batch)].copy()
+    def _wait(self, run: SteadyRun, outcome: Outcome) -> tuple[Int64, npt.NDArray[Any] | None]:
+        """What a cycle drew and accepted for the requests, and their hidden states, once they are on the host."""
+        if outcome.ready is not None:
+            outcome.ready.synchronize()
+        count = len(run.batch)
+        return outcome.result[:count], None if outcome.hidden is None else outcome.hidden[:count]
 
     def _are_there(self, run: SteadyRun) -> list[bool]:
         """Which requests were neither hung up nor preempted since their cycle was launched ahead of its step."""
@@ -326,7 +331,7 @@ class SpeculativePipeline(SteppingPipeline):
         """Appends what a cycle drew to the requests, and counts acceptance; returns those that are still there."""
         depth, counts = run.cycle.depth, []
         if hidden is not None:
-            run.rows.add(hidden, result[:, -1] + 1)
+            run.rows.add(hidden.copy(), result[:, -1] + 1)
         there = self._are_there(run)
         for context, is_there, (*tokens, accepted) in zip(run.batch, there, result.tolist(), strict=True):
             context.spec_decoding_state.draft_tokens_to_verify = []

@@ -102,6 +102,20 @@ class Start:
     kept: Sequence[Rows]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the host reads of a cycle. It is there once `ready`, and until the cycle after the next is launched."""
+
+    ready: DeviceEvent | None
+    """`None` where it is there already."""
+
+    result: Int64
+    """Of each request the drawn tokens and how many of its drafts they accept, `[batch, d + 2]`."""
+
+    hidden: npt.NDArray[Any] | None
+    """The hidden states `[batch, d + 1, hidden_size]`; `None` where no depth rests that will want them."""
+
+
 class SteadyCycle:
     """The memory and the graphs of one batch size and depth.
 
@@ -137,14 +151,18 @@ class SteadyCycle:
         self._drafted: list[Buffer] = []
         self._reader = DraftReader(graphs.device)
         self._lengths = OneCopy(graphs.device)
-        self._result: Buffer | None = None
-        self._states: Buffer | None = None
+        self._to_host: list[tuple[Buffer, Buffer | None]] = []
+        """Where the host reads results and hidden states, by turns: one cycle is launched before another is read."""
         if not graphs.device.is_host:
             pinned = Usage.STAGING | Usage.UNTRACKED
-            self._result = Buffer(DType.int64, [batch_size, depth + 2], graphs.device, pinned)
-            if self.leaves_rows:
-                shape = [batch_size * (depth + 1), graphs.hidden_size]
-                self._states = Buffer(graphs.hidden_dtype, shape, graphs.device, pinned)
+            shape = [batch_size * (depth + 1), graphs.hidden_size]
+            self._to_host = [
+                (
+                    Buffer(DType.int64, [batch_size, depth + 2], graphs.device, pinned),
+                    Buffer(graphs.hidden_dtype, shape, graphs.device, pinned) if self.leaves_rows else None,
+                )
+                for _ in range(2)
+            ]
 
     def begin(self, starts: Sequence[Start]) -> None:
         """Fills the memory with where the requests stand; those that are missing to the batch size read zeros."""
@@ -177,7 +195,7 @@ class SteadyCycle:
         (sent,) = self._lengths.send(lengths.astype(np.uint32))
         return {kind: [dataclasses.replace(cache, cache_lengths=sent)] for kind, (cache,) in caches.items()}
 
-    def launch(self, caches: Caches, sample: Sampler | None) -> DeviceEvent | None:
+    def launch(self, caches: Caches, sample: Sampler | None) -> Outcome:
         """Launches a cycle.
 
         Args:
@@ -185,7 +203,7 @@ class SteadyCycle:
             sample: What draws; `None` for the greatest logit.
 
         Returns:
-            When `result` is there; `None` if it is.
+            What becomes of it.
         """
         graphs = self._graphs
         self._cycles += 1
@@ -210,7 +228,7 @@ class SteadyCycle:
             self._kept,
             self._window,
         )
-        ready = self._read(result, hidden)
+        outcome = self._read(result, hidden)
         if self._depths:
             graphs.refresh_heads()  # a copy a head, which the host starts while the target verifies
         leaves = {
@@ -234,7 +252,7 @@ class SteadyCycle:
             self._drafted.append(chosen)
         drafted = [*self._drafted, *[self._unknown] * (len(graphs.depths) - self.depth)]
         run(graphs.hand_over, self._window, self._next_places, self._verified, *drafted)
-        return ready
+        return outcome
 
     @property
     def leaves_rows(self) -> bool:
@@ -245,17 +263,6 @@ class SteadyCycle:
     def settled(self) -> bool:
         """Whether the last cycle ran as all that follow will: nothing was captured in it."""
         return self._cycles > SETTLED + 1
-
-    @property
-    def result(self) -> npt.NDArray[np.int64]:
-        """Of each request the drawn tokens and how many of its drafts they accept, `[batch, d + 2]`."""
-        return self._on_host
-
-    @property
-    def hidden(self) -> npt.NDArray[Any]:
-        """The last cycle's hidden states `[batch, d + 1, hidden_size]` as a copy, where it `leaves_rows`."""
-        shape = (self.batch_size, self.depth + 1, self._graphs.hidden_size)
-        return self._hidden.reshape(shape).copy()
 
     def end(self) -> tuple[Drafted, list[Rows]]:
         """What the last cycle drafted, and the hidden states of each request's last positions, as copies."""
@@ -276,17 +283,21 @@ class SteadyCycle:
         """What a captured graph's shapes depend on."""
         return self.batch_size, self.depth
 
-    def _read(self, result: Buffer, hidden: Buffer) -> DeviceEvent | None:
-        """Brings to the host what it reads of a cycle; the event is when it is there."""
-        if self._result is None:
-            self._on_host, self._hidden = result.to_numpy(), rows_to_host(hidden)
-            return None
-        self._result.inplace_copy_from(result)
-        self._on_host = self._result.to_numpy()
-        if self._states is not None:
-            self._states.inplace_copy_from(hidden)
-            self._hidden = rows_to_host(self._states)
-        return self._device.default_queue.record_event()
+    def _read(self, result: Buffer, hidden: Buffer) -> Outcome:
+        """Brings to the host what it reads of a cycle."""
+        shape = (self.batch_size, self.depth + 1, self._graphs.hidden_size)
+        if not self._to_host:
+            states = rows_to_host(hidden).reshape(shape) if self.leaves_rows else None
+            return Outcome(None, result.to_numpy(), states)
+        to_result, to_hidden = self._to_host[self._cycles % len(self._to_host)]
+        to_result.inplace_copy_from(result)
+        if to_hidden is not None:
+            to_hidden.inplace_copy_from(hidden)
+        return Outcome(
+            self._device.default_queue.record_event(),
+            to_result.to_numpy(),
+            None if to_hidden is None else rows_to_host(to_hidden).reshape(shape),
+        )
 
     def _draft_cache(self, kind: str, cache: Cache, cache_lengths: Buffer) -> Cache:
         """The cache of `kind` as the depths see it."""

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from max.driver import DeviceEvent
 from max.pipelines.context import TextContext
 
 from ..steady_batch import same_requests
 from .kept_rows import CycleRows
 from .rows import Int64
-from .steady_cycle import SteadyCycle
+from .steady_cycle import Outcome, SteadyCycle
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,7 @@ class Launched:
 
     at: float
     """By the host's clock."""
-    ready: DeviceEvent | None
-    """When its result is there; `None` if it is."""
+    outcome: Outcome
 
 
 class SteadyRun:
@@ -69,10 +67,14 @@ class SteadyRun:
         """Whether a request may end with what a cycle drew, drafts that were not accepted included."""
         return self._end_tokens is None or bool(np.isin(result[:, :-1], self._end_tokens).any())
 
-    def lengths_after(self, result: Int64) -> Int64:
-        """Positions in the cache of each request and what fills the batch up, after a cycle with `result`."""
+    def lengths_after(self, accepted: Int64) -> Int64:
+        """Positions in the cache of each request and what fills the batch up, after a cycle.
+
+        Args:
+            accepted: How many drafts of each request the cycle accepts, `[batch]`, or `[1]` for all.
+        """
         padding = [context.tokens.processed_length for context in self.padding]
-        return np.concatenate([np.array(self.ends) + result[:, -1] + 1, np.array(padding, dtype=np.int64)])
+        return np.concatenate([np.array(self.ends) + accepted + 1, np.array(padding, dtype=np.int64)])
 
     def seconds_of_cycle(self, verified: float) -> float | None:
         """Seconds from the verification before to that at `verified`; `None` where that is not the time to expect."""
