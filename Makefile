@@ -41,7 +41,8 @@ test: lint
 
 # The graph for several devices: run on the CPU, compiled for GPUs of each kind, no GPU needed; long speculated answers.
 # A line a case, its seconds at the end. Processor seconds, all three modes, of which two cores alone take two thirds:
-# for 2 GPUs MI300X 221, B200 661; for 8 MI300X 489, B200 1045 (and 12 GB of memory), Hopper at most 1170; on the CPU 300.
+# for 2 GPUs MI300X 221, B200 661; for 8 MI300X 489, Hopper at most 1170, B200 over 2400 (and 12 GB of memory); on the CPU
+# 300.
 test-long: $(VENV)/test-installed
 	STEP3P5_LONG_TESTS=1 $(BIN)/python -m pytest --verbose --durations=0 \
 		tests/test_parallel_graph.py tests/test_gpu_compile_long.py tests/test_speculation_long.py
