@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from max import tree
 from max.driver import Buffer, Device, is_virtual_device_mode
 from max.engine import InferenceSession, Model
@@ -191,6 +192,15 @@ class Step3p5Model(AlwaysSignalBuffersMixin, LlamaModelBase):
         models: dict[str, Model] = super().load_graphs(session)
         self.draw = models.get(DRAW)
         return models
+
+    def known_tokens(self, words: int | None) -> Buffer:
+        """How many tokens can be drawn, the first ones, `[1]` int64 on the first device.
+
+        Args:
+            words: Tokens that the tokenizer knows; `None` for all.
+        """
+        vocab_size = self.arch_config_as(Step3p5Config).model.vocab_size
+        return Buffer.from_numpy(np.array([min(words or vocab_size, vocab_size)])).to(self.devices[0])
 
     @override
     def prepare_initial_token_inputs(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import numpy as np
 import numpy.typing as npt
 from max.driver import Buffer, is_virtual_device_mode
 from max.dtype import DType
@@ -25,7 +24,6 @@ from max.pipelines.sampling.seeds import request_row_seed
 from typing_extensions import override
 
 from .model import Step3p5Model
-from .model_config import Step3p5Config
 from .steady_batch import SteadyPipeline, in_same_order, is_constrained, same_requests, takes_the_best
 
 
@@ -102,8 +100,7 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
         model, sampling = self._pipeline_model, self._pipeline_config.sampling
         elsewhere = is_virtual_device_mode() or sampling.enable_variable_logits or self._sampler_device.is_host
         if model.draw is not None and not elsewhere:
-            known = np.array([min(self.vocab_size, model.arch_config_as(Step3p5Config).model.vocab_size)])
-            self._greedy = GreedyDraws(model.draw, Buffer.from_numpy(known).to(model.devices[0]))
+            self._greedy = GreedyDraws(model.draw, model.known_tokens(self.vocab_size))
 
     @override
     def _create_sampling_processor(

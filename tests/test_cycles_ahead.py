@@ -94,6 +94,18 @@ class Scheduler:
                 if output.is_done:
                     self.leave(context)
 
+    def run(self, contexts: Sequence[TextContext], first: TextContext) -> None:
+        """Steps of all `contexts`, which join, until `first` is done."""
+        for context in contexts:
+            self.join(context)
+        while self.runs(first):
+            self.step(contexts)
+
+    def finish(self) -> None:
+        """Steps of all that still run."""
+        while self.live:
+            self.step(self.live)
+
     def of(self, context: TextContext) -> Prompt:
         """What a request has generated."""
         return self.generated[str(context.request_id)]
@@ -184,22 +196,22 @@ def test_the_next_cycle_is_launched_before_the_tokens_are_taken_note_of(
     assert events[:9] == ["launch", "commit", "launch", *3 * ["launch", "commit"]]
 
 
-def test_a_text_that_ends_has_no_cycle_behind_it(drafting: AutoModel, rng: np.random.Generator) -> None:
+def one_that_ends(drafting: AutoModel, rng: np.random.Generator) -> tuple[list[TextContext], list[Prompt]]:
+    """Two requests, the first of which ends before its longest length; and what they generate."""
     prompts = prompts_of(rng, 20, 33)
-    want = generate(drafting, [request(prompt, 80) for prompt in prompts])
-    last = next(token for token in want[0][40:] if token not in want[0][:40])
-    contexts = [request(prompts[0], 80, eos=[last]), request(prompts[1], 80)]
+    ending, whole = generate(drafting, [request(prompt, 80) for prompt in prompts])
+    place = next(place for place in range(40, 80) if ending[place] not in ending[:place])
+    contexts = [request(prompts[0], 80, eos=[ending[place]]), request(prompts[1], 80)]
+    return contexts, [ending[: place + 1], whole]
+
+
+def test_a_text_that_ends_has_no_cycle_behind_it(drafting: AutoModel, rng: np.random.Generator) -> None:
+    contexts, want = one_that_ends(drafting, rng)
     with Scheduler(drafting.pipeline) as scheduler:
-        for context in contexts:
-            scheduler.join(context)
-        while scheduler.runs(contexts[0]):
-            scheduler.step(contexts)
+        scheduler.run(contexts, contexts[0])
         assert not scheduler.is_ahead
-        while scheduler.live:
-            scheduler.step(contexts[1:])
-        ended, whole = map(scheduler.of, contexts)
-    assert ended == want[0][: want[0].index(last) + 1]
-    assert whole == want[1]
+        scheduler.finish()
+        assert [scheduler.of(context) for context in contexts] == want
 
 
 def test_without_drafts_a_cycle_is_launched_before_the_one_before_has_ended(
@@ -208,10 +220,8 @@ def test_without_drafts_a_cycle_is_launched_before_the_one_before_has_ended(
     """A text may end in the one before: then the next one is for the others."""
     pipeline: Any = drafting.pipeline
     monkeypatch.setattr(pipeline, "policy", FixedDepth([(1, 8, 0)], DEPTH))
-    prompts = prompts_of(rng, 20, 33)
-    want = generate(drafting, [request(prompt, 60) for prompt in prompts])
-    last = next(token for token in want[0][30:] if token not in want[0][:30])
-    contexts, in_flight = [request(prompts[0], 60, eos=[last]), request(prompts[1], 60)], list[bool]()
+    contexts, want = one_that_ends(drafting, rng)
+    in_flight = list[bool]()
     wait = type(pipeline)._wait
 
     def keep_wait(*arguments: Any) -> Any:
@@ -228,17 +238,11 @@ def test_without_drafts_a_cycle_is_launched_before_the_one_before_has_ended(
     monkeypatch.setattr(type(pipeline), "_wait", keep_wait)
     monkeypatch.setattr(SteadyCycle, "launch", keep_launch)
     with Scheduler(pipeline) as scheduler:
-        for context in contexts:
-            scheduler.join(context)
-        while scheduler.runs(contexts[0]):
-            scheduler.step(contexts)
+        scheduler.run(contexts, contexts[0])
         assert scheduler.is_ahead
         assert in_flight[1:] == [True] * (len(in_flight) - 1)
-        while scheduler.live:
-            scheduler.step(contexts[1:])
-        ended, whole = map(scheduler.of, contexts)
-    assert ended == want[0][: want[0].index(last) + 1]
-    assert whole == want[1]
+        scheduler.finish()
+        assert [scheduler.of(context) for context in contexts] == want
 
 
 def test_without_room_in_the_cache_nothing_is_launched_ahead(

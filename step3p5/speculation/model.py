@@ -289,18 +289,17 @@ class SpeculativeStep3p5Model(Step3p5Model):
             drafted.append(chosen)
         return self._drafts.start(drafted), split_rows(to_keep, plan.keep_counts)
 
-    def cycle_graphs(self, known_tokens: int | None, longest: int, captures: bool) -> CycleGraphs | None:
+    def cycle_graphs(self, words: int | None, longest: int, captures: bool) -> CycleGraphs | None:
         """What a `SteadyCycle` runs; `None` with less than two depths.
 
         Args:
-            known_tokens: Tokens that may be drawn, the first ones; `None` for all.
+            words: See `known_tokens`.
             longest: The most positions that a query of a cycle sees.
             captures: Whether the graphs are captured.
         """
         if self.draw is None or self._acceptance is None or self._handover is None:
             return None
         config = self.arch_config_as(Step3p5Config)
-        vocab_size = config.model.vocab_size
 
         def refresh_heads() -> None:
             if self.heads is not None:
@@ -320,7 +319,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
                 for depth, (layer, scalars) in enumerate(zip(config.drafting_layers, self._depth_scalars, strict=True))
             ],
             refresh_heads=refresh_heads,
-            known_tokens=Buffer.from_numpy(np.array([min(known_tokens or vocab_size, vocab_size)])).to(self.devices[0]),
+            known_tokens=self.known_tokens(words),
             hidden_size=config.model.hidden_size,
             hidden_dtype=activation_dtype(config.dtype, config.devices[0]),
             device=self.devices[0],
