@@ -21,7 +21,7 @@ from speculation_harness import request
 from step3p5.mtp import UNKNOWN_TOKEN
 from step3p5.speculation.acceptance import commit, contexts_ahead, num_accepted
 from step3p5.speculation.rows import Advance, draft_rows
-from step3p5.speculation.statistics import Statistics
+from step3p5.speculation.statistics import Statistics, step_metrics
 
 TOKENS = st.lists(st.integers(0, 3), max_size=5)
 
@@ -91,9 +91,13 @@ def test_the_rows_that_the_drafts_read() -> None:
 
 def test_acceptance_is_counted_among_drafts_whose_predecessors_were_right() -> None:
     statistics = Statistics(2)
-    metrics = statistics.record_step([(2, 2), (2, 0), (1, 1)])
-    assert (metrics.accepted_per_position, metrics.num_verifications) == ([2, 1], 3)
+    statistics.record_drafts([(2, 2), (2, 0), (1, 1)])
     assert statistics.acceptance == pytest.approx([2 / 3, 1 / 1])
+
+
+def test_a_step_reports_its_acceptance() -> None:
+    metrics = step_metrics([(2, 2), (2, 0), (1, 1)])
+    assert (metrics.accepted_per_position, metrics.num_verifications) == ([2, 1], 3)
 
 
 def test_what_is_emitted_has_the_targets_distribution() -> None:

@@ -55,7 +55,7 @@ def test_drafts_that_are_never_right_only_cost() -> None:
 def test_a_case_is_compared_with_the_plain_pipeline_round_by_round() -> None:
     plain, drafting = Case(4, 0), Case(4, 2)
     counts = Statistics(2)
-    counts.record_step([(2, 1), (2, 2)])
+    counts.record_drafts([(2, 1), (2, 2)])
     counts.record_times(0.030, 0.010)
     for base, rate in [(10.0, 20.0), (20.0, 30.0), (10.0, 30.0)]:
         plain.keep(base, None)
@@ -75,7 +75,7 @@ def environment() -> report.Environment:
 def test_a_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [Case(batch, depth) for batch in (1, 8) for depth in (0, 1, 2, None)]
     counts = Statistics(2)
-    counts.record_step([(2, 1), (2, 2)])
+    counts.record_drafts([(2, 1), (2, 2)])
     counts.record_times(0.030, 0.010)
     for case in cases:
         case.keep(10.0, counts if case.depth != 0 else None)

@@ -11,6 +11,7 @@ import pytest
 from step3p5.speculation.kept_rows import concatenated
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
 from step3p5.speculation.state import RequestState
+from step3p5.speculation.trials import CYCLE_TRIALS
 
 DEPTH = 3
 
@@ -35,20 +36,22 @@ class Machine:
         rng: np.random.Generator,
         verify_seconds: Callable[[int, float], float],
         draft_seconds: Callable[[int], float],
+        switch_seconds: float = 0.0,
     ) -> None:
-        self.policy, self.rng = policy, rng
+        self.policy, self.rng, self.switch_seconds = policy, rng, switch_seconds
         self.verify_seconds, self.draft_seconds = verify_seconds, draft_seconds
         self.planned = policy.plan(1, pure=False)
 
     def run(self, batch: int, acceptance: float, cycles: int) -> float:
         """Tokens a second over `cycles` cycles."""
-        tokens, seconds = 0, 0.0
+        all_tokens, all_seconds = 0, 0.0
         for _ in range(cycles):
+            before = self.planned
             drafts = self.planned.depth * min(1.0, self.planned.num_requests / batch)
             verify = self._noisy(self.verify_seconds(batch, drafts))
             draws = self.rng.random((min(batch, self.planned.num_requests), self.planned.depth)) < acceptance
             accepted = np.cumprod(draws, axis=1).sum(axis=1) if self.planned.depth else np.zeros(0, dtype=int)
-            tokens += batch + int(accepted.sum())
+            tokens = batch + int(accepted.sum())
             self.policy.record_acceptance([(self.planned.depth, int(count)) for count in accepted])
             if self.planned.num_requests == batch:
                 self.policy.record_verification(batch, self.planned.depth, verify)
@@ -56,8 +59,11 @@ class Machine:
             draft = self._noisy(self.planned.depth * self.draft_seconds(self.planned.num_requests))
             if self.planned.num_requests == batch:
                 self.policy.record_drafting(batch, self.planned.depth, draft)
-            seconds += verify + draft
-        return tokens / seconds
+            seconds = verify + draft + (self.switch_seconds if self.planned != before else 0.0)
+            self.policy.record_step(tokens, seconds)
+            all_tokens += tokens
+            all_seconds += seconds
+        return all_tokens / all_seconds
 
     def _noisy(self, seconds: float) -> float:
         return float(seconds * self.rng.uniform(0.9, 1.1))
@@ -93,6 +99,20 @@ def test_speculation_costs_at_most_three_percent_while_everything_changes(
     machine = Machine(AdaptiveDepth(DEPTH, cycle_bytes), rng, verify, lambda _: 0.1)
     for batch, acceptance in [(1, 0.95), (8, 0.7), (128, 0.95), (128, 0.2), (16, 0.2), (1, 0.2)]:
         assert machine.run(batch, acceptance, 2048) > 0.97 * batch
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+@pytest.mark.parametrize("batch", [1, 8, 128])
+def test_what_it_costs_to_change_the_depth_counts(rng: np.random.Generator, batch: int, drafts: bool) -> None:
+    """As much as twenty cycles; the first trial is on trust, by which the next ones are spaced."""
+    verify = lambda _, depth: 1.0 + (0.05 if drafts else 0.5) * depth  # noqa: E731
+    policy = AdaptiveDepth(DEPTH, any_bytes)
+    policy.try_out_with(CYCLE_TRIALS)
+    machine = Machine(policy, rng, verify, lambda _: 0.05, switch_seconds=20.0)
+    acceptance = 0.9 if drafts else 0.2
+    machine.run(batch, acceptance, 4000)
+    best = batch * tokens_per_cycle([acceptance] * DEPTH) / (verify(batch, DEPTH) + 0.05 * DEPTH) if drafts else batch
+    assert machine.run(batch, acceptance, 40_000) > 0.97 * best
 
 
 def test_the_bytes_decide_before_anything_is_measured() -> None:

@@ -84,8 +84,9 @@ def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) ->
         sizes.append((cycle.batch_size, cycle.depth))
         tokens = cycle._verified.to_numpy().reshape(cycle.batch_size, -1)
         lengths = next(iter(caches.values()))[0].cache_lengths.to_numpy()
-        # Padding follows the requests, which may have tokens by now that their contexts have yet to learn of.
-        for context, own, length in zip(pipeline._run.batch, tokens.tolist(), lengths.tolist(), strict=False):
+        for place, member in pipeline._run:
+            # A request may have tokens by now that its context has yet to learn of.
+            context, own, length = member.context, tokens[place].tolist(), int(lengths[place])
             if length < len(context.tokens):
                 assert own[0] == context.tokens.active[0]
             verified[names[context.request_id], length + 1] = own[1:]
@@ -110,25 +111,36 @@ def assert_same_drafts(found: Verified, want: Verified) -> None:
 
 
 def test_a_cycle_begins_with_what_it_is_given(drafting: AutoModel, rng: np.random.Generator) -> None:
-    """Copies go on after the call that starts them: what they read must live as long."""
+    """At some places, the others stay as they are. Copies go on after the call that starts them: what they read must
+    live as long."""
     pipeline = drafting.pipeline
     pipeline.use_cycles(captures=False)
-    graphs, batch = pipeline.cycles.graphs, 2
+    graphs, batch = pipeline.cycles.graphs, 6
     pipeline.cycles = None
     cycle = SteadyCycle(graphs, batch, DEPTH)
+    tokens = np.zeros((batch, graphs.keep + 1 + DEPTH), dtype=np.int64)
+    kept = np.zeros((batch, graphs.keep, graphs.hidden_size), dtype=np.float32)
     for _ in range(200):
-        tokens = rng.integers(FIRST_TEXT_TOKEN, 500, size=(batch, graphs.keep + 1 + DEPTH))
-        kept = rng.standard_normal((batch, graphs.keep, graphs.hidden_size), dtype=np.float32)
+        places = np.flatnonzero(rng.random(batch) < 0.6).tolist() or [0]
+        tokens[places] = rng.integers(FIRST_TEXT_TOKEN, 500, size=(len(places), tokens.shape[1]))
+        kept[places] = rng.standard_normal((len(places), *kept.shape[1:]), dtype=np.float32)
         cycle.begin(
-            [
-                Start(own[: graphs.keep + 1].copy(), own[graphs.keep + 1 :].tolist(), [rows.copy()])
-                for own, rows in zip(tokens, kept, strict=True)
-            ]
+            {
+                at: Start(
+                    tokens[at, : graphs.keep + 1].copy(), tokens[at, graphs.keep + 1 :].tolist(), pieces(kept[at])
+                )
+                for at in places
+            }
         )
         np.full((64, graphs.hidden_size), np.nan, dtype=np.float32)  # takes memory that is free
         np.testing.assert_array_equal(cycle._verified.to_numpy().reshape(batch, -1), tokens[:, graphs.keep :])
         np.testing.assert_array_equal(cycle._window.to_numpy(), tokens[:, : graphs.keep + 1])
         np.testing.assert_array_equal(cycle._kept.to_numpy(), kept)
+
+
+def pieces(rows: np.ndarray) -> list[np.ndarray]:
+    """A copy of `rows`, cut in two."""
+    return [rows[:1].copy(), rows[1:].copy()]
 
 
 def cycles_that_change_nothing(drafting: AutoModel, requests: Callable[[], list[TextContext]]) -> Cycles:
@@ -187,7 +199,7 @@ def test_cycles_draft_and_draw_the_same(drafting: AutoModel, rng: np.random.Gene
     cycles = cycles_that_change_nothing(drafting, requests)
     sizes = [size for size, _ in cycles]
     assert max(sizes) == batch_size
-    assert {padded_size(size, batch_size) for size in sizes} == set(sizes)
+    assert set(sizes) <= {padded_size(size, batch_size) for size in range(1, batch_size + 1)}
     assert len(sizes) > 5
 
 
@@ -250,7 +262,7 @@ def test_plain_decoding_goes_through_cycles_too(drafting: AutoModel, rng: np.ran
 
 
 @pytest.mark.usefixtures("handed_on")
-def test_a_request_that_is_hung_up_ends_the_run_of_the_others(drafting: AutoModel, rng: np.random.Generator) -> None:
+def test_the_others_go_on_without_a_request_that_is_hung_up(drafting: AutoModel, rng: np.random.Generator) -> None:
     prompts, pipeline = prompts_of(rng, 60, 9, 33), drafting.pipeline
     want = generate(drafting, [request(prompt, 40) for prompt in prompts])
     contexts = [request(prompt, 40) for prompt in prompts]

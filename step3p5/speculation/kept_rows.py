@@ -57,45 +57,76 @@ class CycleRows:
     """What cycles that do not draft at full depth leave for the depths that rest, on the host, cycle by cycle.
 
     Args:
-        batch_size: Requests.
+        places: Requests of a cycle.
         limit: Rows of each request after which older ones are given up.
     """
 
-    def __init__(self, batch_size: int, limit: int) -> None:
+    def __init__(self, places: int, limit: int) -> None:
         self._limit = limit
         self._hidden: deque[npt.NDArray[Any]] = deque()
         self._counts: deque[npt.NDArray[np.int64]] = deque()
-        self._stored = np.zeros(batch_size, dtype=np.int64)
+        self._stored = np.zeros(places, dtype=np.int64)
+        self._spare = np.zeros(places, dtype=np.int64)
+        """How many of a place's stored rows, the oldest ones, nobody wants."""
+
+    def __len__(self) -> int:
+        """Cycles of which rows are stored."""
+        return len(self._hidden)
+
+    def forget(self, place: int) -> None:
+        """Nobody wants what is stored of a place: another request comes, or none is there any more."""
+        self._spare[place] = self._stored[place]
 
     def add(self, hidden: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> None:
-        """Takes a cycle's hidden states `[batch, rows, hidden_size]`, of which the first `counts [batch]` count."""
+        """Takes a cycle's hidden states `[places, rows, hidden_size]`, of which the first `counts [places]` count.
+
+        They are not copied.
+        """
         self._hidden.append(hidden)
         self._counts.append(counts)
         self._stored = self._stored + counts
-        while (self._stored - self._counts[0]).min() >= self._limit:
+        while self._hidden and self._is_spare(self._counts[0]):
             self._hidden.popleft()
-            self._stored = self._stored - self._counts.popleft()
+            oldest = self._counts.popleft()
+            self._stored = self._stored - oldest
+            self._spare = np.maximum(self._spare - oldest, 0)
 
-    def of(self, request: int) -> RowsOfCycles:
-        """All rows of a request; to be asked for when no cycle follows."""
-        return RowsOfCycles(0, int(self._stored[request]), self, request)
+    def _is_spare(self, oldest: npt.NDArray[np.int64]) -> bool:
+        """Whether no request wants the oldest cycle's rows."""
+        return bool(((oldest <= self._spare) | (self._stored - oldest >= self._spare + self._limit)).all())
 
-    def on_host(self, request: int, start: int, end: int) -> npt.NDArray[Any]:
-        """Rows `start … end - 1` of a request."""
-        counts = np.array([own[request] for own in self._counts])
+    def of(self, places: Sequence[int]) -> list[RowsOfCycles]:
+        """All wanted rows of the requests at `places`, whatever is added later."""
+        stored = StoredCycles(list(self._hidden), np.array(self._counts).reshape(-1, len(self._stored)))
+        return [RowsOfCycles(int(self._spare[p]), int(self._stored[p]), stored, p) for p in places]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCycles:
+    """What some cycles left, one after the other."""
+
+    hidden: list[npt.NDArray[Any]]
+    """Of each cycle, `[places, rows, hidden_size]`."""
+
+    counts: npt.NDArray[np.int64]
+    """How many of a place's rows count, `[cycles, places]`."""
+
+    def on_host(self, place: int, start: int, end: int) -> npt.NDArray[Any]:
+        """Rows `start … end - 1` of a place."""
+        counts = self.counts[:, place]
         ends = np.cumsum(counts)
         first, last = np.searchsorted(ends, [start, end - 1], side="right")
-        pieces = [self._hidden[cycle][request, : counts[cycle]] for cycle in range(first, last + 1)]
+        pieces = [self.hidden[cycle][place, : counts[cycle]] for cycle in range(first, last + 1)]
         skipped = start - int(ends[first] - counts[first])
         return np.concatenate(pieces)[skipped : skipped + end - start]
 
 
 @dataclass(frozen=True)
 class RowsOfCycles(_Span):
-    """A span of what `cycles` left of the request `request`."""
+    """A span of what `cycles` left of a place."""
 
-    cycles: CycleRows
-    request: int
+    cycles: StoredCycles
+    place: int
 
 
 Rows = npt.NDArray[Any] | DeviceRows | RowsOfCycles
@@ -126,5 +157,5 @@ def _on_host(rows: Rows) -> npt.NDArray[Any]:
     if isinstance(rows, DeviceRows):
         return rows.kept.on_host[rows.start : rows.end]
     if isinstance(rows, RowsOfCycles):
-        return rows.cycles.on_host(rows.request, rows.start, rows.end)
+        return rows.cycles.on_host(rows.place, rows.start, rows.end)
     return rows

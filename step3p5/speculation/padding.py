@@ -1,14 +1,10 @@
-"""Requests that nobody made, which fill a batch up to a size whose graphs are captured."""
+"""A request that nobody made, which fills batches up to sizes whose graphs are captured."""
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 import numpy as np
 from max.pipelines.context import EOSTracker, TextContext, TokenBuffer
-
-logger = logging.getLogger("max.pipelines")
+from max.pipelines.kv_cache import PagedKVCacheManager
 
 
 def padded_size(batch_size: int, largest: int) -> int:
@@ -18,34 +14,20 @@ def padded_size(batch_size: int, largest: int) -> int:
     return min(size, largest)
 
 
-class Padding:
-    """Requests with a page of the cache each, which are kept for good and never get any further.
+def padding_request(manager: PagedKVCacheManager, position: int) -> TextContext:
+    """A request that stands at every free place of a batch at once, and never gets any further.
+
+    Its page of the cache is the one that MAX keeps for this: whoever stands there writes to it, and nobody reads it.
 
     Args:
         manager: The cache.
-        position: Tokens that each seems to have in the cache.
+        position: Tokens that it seems to have in the cache.
     """
-
-    def __init__(self, manager: Any, position: int) -> None:
-        self._manager, self._position = manager, position
-        self._requests: list[TextContext] = []
-        self._works = True
-
-    def take(self, count: int) -> list[TextContext] | None:
-        """The first `count` of them; `None` where the cache has no room."""
-        while self._works and len(self._requests) < count:
-            context = TextContext(
-                max_length=self._position + 1,
-                tokens=TokenBuffer(np.zeros(self._position + 1, dtype=np.int64)),
-                eos_tracker=EOSTracker(),
-            )
-            context.tokens.skip_processing(self._position)
-            try:
-                self._manager.claim(context, replica_idx=0)
-                self._manager.alloc(context)
-            except Exception:  # MAX names no common class for a cache that is full
-                logger.warning("No room in the cache to fill up batches, so some sizes run without.", exc_info=True)
-                self._works = False
-                break
-            self._requests.append(context)
-        return self._requests[:count] if len(self._requests) >= count else None
+    context = TextContext(
+        max_length=position + 1,
+        tokens=TokenBuffer(np.zeros(position + 1, dtype=np.int64)),
+        eos_tracker=EOSTracker(),
+    )
+    context.tokens.skip_processing(position)
+    manager.alloc_dummy(context)
+    return context

@@ -3,36 +3,67 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 from max.driver import Buffer, is_virtual_device_mode
 from max.nn.kv_cache import BatchCharacteristics
 from max.nn.kv_cache.cache_params import spec_decode_cache_slack
 from max.pipelines.context import TextContext, TextGenerationOutput
 from max.pipelines.kv_cache import InsufficientBlocksError
-from max.pipelines.modeling.types import PipelineOutputsDict
+from max.pipelines.modeling.types import PipelineOutputsDict, RequestID
 from max.support.algorithm import flatten2d
 from typing_extensions import override
 
 from ..steady_batch import takes_the_best
 from .acceptance import can_verify_drafts, commit
 from .drafted import Drafts
-from .padding import Padding, padded_size
-from .policy import CYCLE_TRIALS, DraftPlan
+from .kept_rows import Rows
+from .padding import padded_size, padding_request
+from .policy import DraftPlan
 from .rows import Int64
 from .steady_cycle import Caches, Outcome, Sampler, Start, SteadyCycles
-from .steady_run import Launched, SteadyRun
-from .stepping import SteppingPipeline, outputs_of
+from .steady_run import Launched, Member, SteadyRun
+from .stepping import SteppingPipeline, is_running, outputs_of
+from .trials import CYCLE_TRIALS
+
+Joining: TypeAlias = dict[RequestID, tuple[Member, Start]]
+"""Requests that can join a run, and where they stand."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the policy said for a step of `requests` requests that decode: `drafting` of them draft `depth` deep."""
+
+    depth: int
+    drafting: int
+    requests: int
+
+    @classmethod
+    def of(cls, plan: DraftPlan, requests: int) -> StepPlan:
+        """The policy's `plan` for so many."""
+        return cls(plan.depth, min(plan.num_requests, requests), requests)
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether some draft and the others do not."""
+        return self.drafting < self.requests
+
+    @property
+    def run_depth(self) -> int:
+        """How deep those draft that go through cycles: in a trial, the ones that do not draft."""
+        return 0 if self.is_trial else self.depth
 
 
 class SpeculativePipeline(SteppingPipeline):
     """A pipeline whose requests go through a `SteadyCycle` a step where all that they do is decode.
 
     MAX's scheduler drives it as it drives the plain pipeline, in whatever batches of prompts, chunks of prompts and
-    running requests it makes.
+    running requests it makes. In a step the requests of the run go through a cycle; the rest of the batch, if any,
+    takes a step of the other kind beside it: prompts, and what is to draft anew or on trial. Requests join the run and
+    leave it between two cycles.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,8 +71,10 @@ class SpeculativePipeline(SteppingPipeline):
         model = self._pipeline_model
         self.cycles: SteadyCycles | None = None
         self._run: SteadyRun | None = None
-        self._padding = Padding(self._kv_manager, max(model.depth - 1, 0))
-        self._next_plan: DraftPlan | None = None
+        self._padding: TextContext | None = None
+        self._plan = StepPlan(0, 0, 0)
+        """By which the last cycle was launched."""
+        self._next_plan: StepPlan | None = None
         """What the policy said for a cycle that was then not launched ahead."""
         self.launches_ahead = False
         """Whether a cycle is launched as soon as the one before is known, without waiting for its step."""
@@ -65,55 +98,128 @@ class SpeculativePipeline(SteppingPipeline):
 
     @override
     def _execute_batches(self, batches: Sequence[list[TextContext]]) -> PipelineOutputsDict[TextGenerationOutput]:
-        ahead = self._end_cycle_ahead(flatten2d(batches))
-        if ahead:
-            batches = [[context for context in batch if not context.is_done] for batch in batches]
-        outputs = self._execute_running(batches) if any(batches) else {}
-        return outputs | outputs_of(context for context in ahead if context.request_id not in outputs)
+        if self.cycles is None:
+            return super()._execute_batches(batches)
+        batch = flatten2d(batches)
+        self._forget_gone()
+        advanced = self._end_run_without(batch)
+        batch = [context for context in batch if not context.is_done]
+        run, joining = self._run, Joining()
+        if run is not None and run.launched is not None and any(context in run for context in batch):
+            joining = self._joining(run, batch)
+            rest = [c for c in batch if c not in run and c.request_id not in joining]
+            self._planned_ahead = DraftPlan(self._plan.depth, len(rest)) if any(map(is_running, rest)) else None
+        else:
+            run, rest = self._arrange(batch)
+        if run is not None:
+            advanced += self._execute_cycle(run, joining, rest)
+        outputs = super()._execute_batches([rest]) if rest else {}
+        return outputs_of(context for context in advanced if context.request_id not in outputs) | outputs
 
-    def _execute_running(self, batches: Sequence[list[TextContext]]) -> PipelineOutputsDict[TextGenerationOutput]:
-        """A step of requests of which none is done."""
+    def _forget_gone(self) -> None:
+        """Frees the places of requests that were hung up or preempted since the last step."""
+        run = self._run
+        if run is None:
+            return
+        for place, member in list(run):
+            if self._states.get(member.context.request_id) is not member.state or not member.stands_still:
+                run.leave(place)
+        if not len(run):
+            self._run = None
+
+    def _end_run_without(self, batch: Sequence[TextContext]) -> list[TextContext]:
+        """Ends the run if requests of it are left out of a step that is not one of prompts alone.
+
+        Returns:
+            The requests that a cycle on its way advanced; some may be done.
+        """
+        run = self._run
+        if run is None or not any(map(is_running, batch)):
+            return []
+        there = {context.request_id for context in batch}
+        if all(member.context.request_id in there for _, member in run):
+            return []
+        advanced = [] if run.launched is None else self._end_cycle(run, run.launched)
+        for context in advanced:
+            self._kv_manager.step(context)
+        self._end_run()
+        return advanced
+
+    def _arrange(self, batch: Sequence[TextContext]) -> tuple[SteadyRun | None, list[TextContext]]:
+        """Lets requests of `batch` go through cycles from now on, where no cycle is on its way.
+
+        Returns:
+            The run that is to go through a cycle now, if any, and who takes a step of the other kind.
+        """
         self._planned_ahead = None
-        run = self._run_to_go_on(flatten2d(batches))
-        return super()._execute_batches(batches) if run is None else self._execute_cycle(run)
+        cycling = [context for context in batch if self._can_cycle(context)]
+        if not cycling:
+            return None, list(batch)
+        plan, self._next_plan = self._next_plan or self._ask_policy(len(cycling)), None
+        if plan.requests != len(cycling):
+            plan = StepPlan(plan.depth, len(cycling), len(cycling))
+        self._plan = plan
+        tried = self._tried(cycling)
+        staying = [context for context in cycling if context.request_id not in tried]
+        run = self._run_for(staying, tried)
+        joining = self._starts([c for c in staying if run is None or c not in run], plan.run_depth)
+        if run is None and len(joining) > len(staying) // 2:
+            cycle = self._steady_cycles.of_size(padded_size(len(staying), self.max_batch_size), plan.run_depth)
+            self._run = run = SteadyRun(cycle, self._padding_request, self._pipeline_model.rows_to_go_on)
+        if run is None:
+            self._planned_ahead = DraftPlan(plan.depth, plan.drafting if plan.is_trial else len(batch))
+            return None, list(batch)
+        run.join(list(joining.values()))
+        rest = [context for context in batch if context not in run]
+        if any(map(is_running, rest)):
+            self._planned_ahead = DraftPlan(plan.depth, len(rest))
+        return run, rest
 
-    def _run_to_go_on(self, batch: list[TextContext]) -> SteadyRun | None:
-        """The run that a step of `batch` belongs to, begun here if need be; `None` where there must be none."""
-        run, model = self._run, self._pipeline_model
-        if run is not None and run.launched is not None:
-            return run
-        if run is not None and not run.goes_on_in(batch):
-            self._end_run()
-            run = None
-        if self.cycles is None or not self._can_cycle(batch):
+    def _run_for(self, staying: Sequence[TextContext], tried: Container[RequestID]) -> SteadyRun | None:
+        """The run, if it can go on by the plan with those of `staying` that are in it; else it ends here."""
+        run = self._run
+        if run is None:
+            return None
+        if run.cycle.depth != self._plan.run_depth or not run.fits(len(staying)):
             self._end_run()
             return None
-        plan, self._next_plan = self._next_plan or self.policy.plan(len(batch), True), None
-        if run is None or plan != DraftPlan(run.cycle.depth, len(batch)):
-            self._end_run()
-            starts = self._starts(batch, plan.depth) if plan.num_requests == len(batch) else None
-            if starts is None:
-                self._planned_ahead = plan
-                return None
-            size = padded_size(len(batch), self.max_batch_size)
-            padding = self._padding.take(size - len(batch))
-            if padding is None:
-                size, padding = len(batch), []
-            cycle = self.cycles.of_size(size, plan.depth)
-            cycle.begin(starts)
-            self._run = run = SteadyRun(batch, padding, cycle, model.rows_to_go_on)
-        self._planned = plan
+        self._give_back(run, [place for place, member in run if member.context.request_id in tried])
         return run
 
-    def _can_cycle(self, batch: Sequence[TextContext]) -> bool:
-        """Whether the requests do no more than decode, without penalties, and there is room for their drafts."""
-        return all(
-            context.tokens.active_length == 1
-            and context.tokens.generated_length > 0
+    def _ask_policy(self, requests: int) -> StepPlan:
+        """What the policy says for a step of so many requests that decode."""
+        return StepPlan.of(self.policy.plan(requests, True), requests)
+
+    def _tried(self, cycling: Sequence[TextContext]) -> set[RequestID]:
+        """The requests of a trial: those with the least to catch up with, the same ones again in the next step."""
+        plan = self._plan
+        if not plan.is_trial:
+            return set()
+
+        def behind(context: TextContext) -> int:
+            state = self._states.get(context.request_id)
+            return context.tokens.processed_length - (0 if state is None else state.first_unread(plan.depth))
+
+        return {context.request_id for context in sorted(cycling, key=behind)[: plan.drafting]}
+
+    @property
+    def _steady_cycles(self) -> SteadyCycles:
+        assert self.cycles is not None
+        return self.cycles
+
+    @property
+    def _padding_request(self) -> TextContext:
+        if self._padding is None:
+            self._padding = padding_request(self._kv_manager, self._steady_cycles.graphs.keep)
+        return self._padding
+
+    def _can_cycle(self, context: TextContext) -> bool:
+        """Whether a request does no more than decode, without penalties, and there is room for its drafts."""
+        return (
+            is_running(context)
             and len(context.tokens) <= self._longest_to_draft
             and not context.sampling_params.needs_penalties
             and can_verify_drafts(context)
-            for context in batch
         )
 
     @property
@@ -122,16 +228,20 @@ class SpeculativePipeline(SteppingPipeline):
         return self._pipeline_model.max_seq_len - self._pipeline_model.depth
 
     @override
-    def _is_start_of_run(self, batch: Sequence[TextContext]) -> bool:
-        """Whether a step only leads to cycles, so that its time foretells nothing."""
-        return self.cycles is not None and self._can_cycle(batch)
+    def _foretells_nothing(self, batch: Sequence[TextContext]) -> bool:
+        return self.cycles is not None and (self._run is not None or all(map(self._can_cycle, batch)))
 
-    def _starts(self, batch: Sequence[TextContext], depth: int) -> list[Start] | None:
-        """Where the requests stand, if all of them have what a cycle of `depth` drafts begins with."""
-        assert self.cycles is not None
-        keep = self.cycles.graphs.keep
-        starts = []
-        for context in batch:
+    def _joining(self, run: SteadyRun, batch: Sequence[TextContext]) -> Joining:
+        """Which requests of `batch` can join a run whose cycle is on its way, as soon as that has ended."""
+        newcomers = [context for context in batch if context not in run and self._can_cycle(context)]
+        if self._plan.is_trial or not run.fits(len(run) + len(newcomers)):
+            return {}
+        return self._starts(newcomers, run.cycle.depth)
+
+    def _starts(self, contexts: Sequence[TextContext], depth: int) -> Joining:
+        """Where requests stand, of those that have what a cycle of `depth` drafts begins with."""
+        keep, joining = self._steady_cycles.graphs.keep, Joining()
+        for context in contexts:
             state, position = self._states.get(context.request_id), context.tokens.processed_length
             if (
                 state is None
@@ -139,48 +249,66 @@ class SpeculativePipeline(SteppingPipeline):
                 or len(state.drafts or ()) < depth
                 or state.first_unread(depth) < position - keep
             ):
-                return None
+                continue
             kept = state.rows_from(position - keep)
             if sum(map(len, kept)) != keep:
-                return None
+                continue
             drafts = state.drafts.first(depth) if state.drafts is not None else ()
-            starts.append(Start(context.tokens.all[position - keep : position + 1], drafts, kept))
-        return starts
+            start = Start(context.tokens.all[position - keep : position + 1], drafts, kept)
+            joining[context.request_id] = Member(context, state, position), start
+        return joining
 
     def _end_run(self) -> None:
-        """Gives the requests of a run back what they carry from step to step."""
+        """Gives the requests of a run back what they carry from step to step; no cycle is on its way."""
         run, self._run, self._next_plan = self._run, None, None
-        if run is None:
-            return
-        alive = [index for index, context in enumerate(run.batch) if run.stands_still(index) and not context.is_done]
-        if not alive:
+        if run is not None:
+            self._give_back(run, [place for place, _ in run])
+
+    def _give_back(self, run: SteadyRun, places: Sequence[int]) -> None:
+        """Lets requests leave a run with what they carry from step to step."""
+        if not places:
             return
         depth = run.cycle.depth
         drafted, kept = run.cycle.end()
-        for index in alive:
-            if (state := self._states.get(run.batch[index].request_id)) is not None:
-                rows = run.rows.of(index) if run.cycle.leaves_rows else kept[index]
-                state.advance(run.ends[index], depth, rows, Drafts(drafted, index, depth) if depth else None)
+        rows: Sequence[Rows] = run.rows.of(places) if run.cycle.leaves_rows else [kept[place] for place in places]
+        for place, own_rows in zip(places, rows, strict=True):
+            member = run.leave(place)
+            member.state.advance(member.end, depth, own_rows, Drafts(drafted, place, depth) if depth else None)
 
-    def _execute_cycle(self, run: SteadyRun) -> PipelineOutputsDict[TextGenerationOutput]:
-        """A step of a run."""
+    def _execute_cycle(self, run: SteadyRun, joining: Joining, rest: Sequence[TextContext]) -> list[TextContext]:
+        """Ends a cycle of a run, the one on its way if there is one; launches the next one where that goes ahead.
+
+        Args:
+            run: What goes through it.
+            joining: Who joins the run before the next one.
+            rest: Who takes a step of the other kind meanwhile.
+
+        Returns:
+            The requests that were advanced.
+        """
         ahead = run.launched
         launched = ahead or self._launch_cycle(run, self._cache_inputs(run))
-        # Made while the device works, so that nothing but the lengths is left to do when the result is there.
-        following = self._cache_inputs(run) if ahead is not None and self._surely_goes_on(run) else None
+        following = None
+        if joining or rest:
+            run.interrupt()
+        elif ahead is not None and self._surely_goes_on(run):
+            # Made while the device works, so that nothing but the lengths is left to do when the result is there.
+            following = self._cache_inputs(run)
         advanced = self._end_cycle(run, launched, following)
         if self.launches_ahead and run.launched is None:
-            self._launch_ahead(run, has_room=ahead is not None)
+            self._launch_ahead(run, joining, rest, has_room=ahead is not None)
         for context in advanced:
             self._kv_manager.step(context)
-        return outputs_of(run.batch)
+        if not len(run):
+            self._run = None
+        return advanced
 
     def _surely_goes_on(self, run: SteadyRun) -> bool:
         """Whether after the cycle that is launched another one follows, if no text ends in it."""
         longest = self._longest_to_draft - run.cycle.depth - 1
         return self._takes_the_best(run) and all(
             len(context.tokens) <= longest and len(context.tokens) + run.cycle.depth + 1 < context.max_length
-            for context in run.batch
+            for context in run.contexts
         )
 
     def _cache_inputs(self, run: SteadyRun) -> Caches:
@@ -188,12 +316,11 @@ class SpeculativePipeline(SteppingPipeline):
 
         With a cycle on its way the lengths are the most that they can be after it.
         """
-        assert self.cycles is not None
-        size, depth, longest = run.cycle.batch_size, run.cycle.depth, self.cycles.graphs.longest
-        for context in run.batch:
+        size, depth, longest = run.cycle.batch_size, run.cycle.depth, self._steady_cycles.graphs.longest
+        for context in run.contexts:
             context.spec_decoding_state.draft_tokens_to_verify = [0] * depth
         caches = self._kv_manager.runtime_inputs(
-            [[*run.batch, *run.padding]],
+            [run.all_contexts],
             max_cache_length=longest,
             batch_characteristics=BatchCharacteristics(size, depth + 1, longest),
         )
@@ -210,66 +337,54 @@ class SpeculativePipeline(SteppingPipeline):
 
         Args:
             run: What goes on.
-            accepted: How many drafts of each request that cycle accepts.
+            accepted: How many drafts that cycle accepts, by place, or one number for all.
             caches: What `_cache_inputs` gave while that cycle was on its way.
 
         Returns:
-            The cycle; `None` if a request has left, or the policy wants another depth.
+            The cycle; `None` if the run cannot go on by the policy's plan.
         """
-        if not all(self._are_there(run)):
+        self._next_plan = self._ask_policy(len(run))
+        if self._next_plan != StepPlan(run.cycle.depth, len(run), len(run)) or not run.fits(len(run)):
             return None
-        self._next_plan = self.policy.plan(len(run.batch), True)
-        if self._next_plan != DraftPlan(run.cycle.depth, len(run.batch)):
-            return None
-        self._planned, self._next_plan = self._next_plan, None
+        self._plan, self._next_plan = self._next_plan, None
         return self._launch_cycle(run, run.cycle.at_lengths(caches, run.lengths_after(accepted)))
 
-    def _launch_ahead(self, run: SteadyRun, *, has_room: bool) -> None:
-        """Launches the next cycle while the depths still draft, if nothing but another batch can come between.
-
-        Should another batch come, the cycle is one of the requests that are left: see `_end_cycle_ahead`.
+    def _launch_ahead(self, run: SteadyRun, joining: Joining, rest: Sequence[TextContext], *, has_room: bool) -> None:
+        """Launches the next cycle while the depths still draft, if the run can go on without another arrangement.
 
         Args:
             run: What goes on.
-            has_room: Whether the scheduler made room for it: it does for the cycle behind one that was launched ahead.
+            joining: Who joins it first.
+            rest: Who takes a step of the other kind meanwhile.
+            has_room: Whether the scheduler made room for those in the run: it does for the cycle behind one that was
+                launched ahead.
         """
-        if any(context.is_done or len(context.tokens) > self._longest_to_draft for context in run.batch):
+        requests = len(run) + len(joining)
+        if not requests or any(len(context.tokens) > self._longest_to_draft for context in run.contexts):
             return
-        self._next_plan = self._next_plan or self.policy.plan(len(run.batch), True)
-        if self._next_plan != DraftPlan(run.cycle.depth, len(run.batch)):
+        plan = self._next_plan = self._next_plan or self._ask_policy(requests + sum(map(self._can_cycle, rest)))
+        begins_trial = plan.is_trial and not self._plan.is_trial
+        if begins_trial or plan.run_depth != run.cycle.depth or not run.fits(requests):
             return
         try:
-            for context in [] if has_room else run.batch:
+            for context in [*([] if has_room else run.contexts), *(member.context for member, _ in joining.values())]:
                 self._kv_manager.alloc(context).synchronize()
         except InsufficientBlocksError:
             return  # the scheduler will make room, or wait
-        self._planned, self._next_plan = self._next_plan, None
+        run.join(list(joining.values()))
+        self._plan, self._next_plan = plan, None
         self._note_ahead(run, self._launch_cycle(run, self._cache_inputs(run)))
 
     def _note_ahead(self, run: SteadyRun, launched: Launched) -> None:
         """Takes note of a cycle that was launched ahead of its step."""
         run.launched = launched
-        for context in run.batch:
+        for context in run.contexts:
             context.spec_decoding_state.draft_tokens_to_verify = [0] * run.cycle.depth
             # So many tokens may come before the step that the scheduler makes room for next.
             context.spec_decoding_state.maybe_accepted_draft_tokens = [0] * (run.cycle.depth + 1)
 
-    def _end_cycle_ahead(self, batch: list[TextContext]) -> list[TextContext]:
-        """Ends a cycle that was launched for another batch than this one.
-
-        Returns:
-            The requests that it advanced; some may be done.
-        """
-        run = self._run
-        if run is None or run.launched is None or run.goes_on_in(batch):
-            return []
-        advanced = self._end_cycle(run, run.launched)
-        for context in advanced:
-            self._kv_manager.step(context)
-        return advanced
-
     def _end_cycle(self, run: SteadyRun, launched: Launched, following: Caches | None = None) -> list[TextContext]:
-        """Waits for a cycle, and advances those of its requests that are where it found them; returns them.
+        """Waits for a cycle, and advances the run's requests; returns them.
 
         Args:
             run: What the cycle belongs to.
@@ -280,33 +395,35 @@ class SpeculativePipeline(SteppingPipeline):
         if following is not None and not run.cycle.depth:
             # Nothing is to be accepted. Should a text end, the next cycle is for the others.
             ahead = self._launch_at_once(run, np.zeros(1, dtype=np.int64), following)
-        result, hidden = self._wait(run, launched.outcome)
+        launched.outcome.wait()
         verified, model, run.launched = time.perf_counter(), self._pipeline_model, None
-        seconds = run.seconds_of_cycle(verified)
+        requests, seconds = len(run), run.seconds_of_cycle(verified)
+        drawn = launched.outcome.result[[place for place, _ in run]]
         if model.heads is not None:
-            model.heads.see(result[:, :-1].ravel())
-        if following is not None and run.cycle.depth and not run.ends_a_text(result):
-            ahead = self._launch_at_once(run, result[:, -1], following)
-        advanced = self._commit_cycle(run, result, hidden)
+            model.heads.see(drawn[:, :-1].ravel())
+        if following is not None and run.cycle.depth and not run.ends_a_text(drawn):
+            ahead = self._launch_at_once(run, launched.outcome.result[:, -1], following)
+        advanced = self._commit_cycle(run, launched.outcome)
         if ahead is not None:
             self._note_ahead(run, ahead)
         if seconds is not None:
             # What the host does goes on beside the drafting, so that the two have no times of their own.
-            self.policy.record_verification(len(run.batch), run.cycle.depth, seconds)
-            self.policy.record_drafting(len(run.batch), run.cycle.depth, 0.0)
+            self.policy.record_verification(requests, run.cycle.depth, seconds)
+            self.policy.record_drafting(requests, run.cycle.depth, 0.0)
         self.statistics.record_times(verified - launched.at, time.perf_counter() - verified)
         return advanced
 
     def _takes_the_best(self, run: SteadyRun) -> bool:
         """Whether all requests of a run take the greatest logit."""
-        return all(map(takes_the_best, run.batch))
+        return all(map(takes_the_best, run.contexts))
 
     def _sampler_of(self, run: SteadyRun) -> Sampler | None:
         """What draws for a run; `None` where all requests take the greatest logit."""
         if self._takes_the_best(run):
             return None
         # MAX's sampler goes by the widest of a batch's parameters: what fills the batch up takes those of a request.
-        contexts = [*run.batch, *[run.batch[0]] * len(run.padding)]
+        some = run.contexts[0]
+        contexts = [some if member is None else member.context for member in run.places]
         unread = [0] * run.cycle.depth
 
         def sample(logits: Buffer) -> Buffer:
@@ -316,34 +433,24 @@ class SpeculativePipeline(SteppingPipeline):
 
         return sample
 
-    def _wait(self, run: SteadyRun, outcome: Outcome) -> tuple[Int64, npt.NDArray[Any] | None]:
-        """What a cycle drew and accepted for the requests, and their hidden states, once they are on the host."""
-        if outcome.ready is not None:
-            outcome.ready.synchronize()
-        count = len(run.batch)
-        return outcome.result[:count], None if outcome.hidden is None else outcome.hidden[:count]
-
-    def _are_there(self, run: SteadyRun) -> list[bool]:
-        """Which requests were neither hung up nor preempted since their cycle was launched ahead of its step."""
-        return [c.request_id in self._states and run.stands_still(index) for index, c in enumerate(run.batch)]
-
-    def _commit_cycle(self, run: SteadyRun, result: Int64, hidden: npt.NDArray[Any] | None) -> list[TextContext]:
-        """Appends what a cycle drew to the requests, and counts acceptance; returns those that are still there."""
-        depth, counts = run.cycle.depth, []
-        if hidden is not None:
-            run.rows.add(hidden.copy(), result[:, -1] + 1)
-        there = self._are_there(run)
-        for context, is_there, (*tokens, accepted) in zip(run.batch, there, result.tolist(), strict=True):
+    def _commit_cycle(self, run: SteadyRun, outcome: Outcome) -> list[TextContext]:
+        """Appends what a cycle drew to the requests, and counts acceptance; returns the requests."""
+        depth, counts, advanced = run.cycle.depth, [], run.contexts
+        gained = np.zeros(run.cycle.batch_size, dtype=np.int64)
+        results = outcome.result.tolist()
+        for place, member in list(run):
+            context = member.context
             context.spec_decoding_state.draft_tokens_to_verify = []
             context.spec_decoding_state.maybe_accepted_draft_tokens = []
-            if not is_there:
-                continue
+            *tokens, accepted = results[place]
             commit(context, tokens[: accepted + 1])
+            gained[place] = accepted + 1
             if depth:
                 counts.append((depth, accepted))
             if context.is_done:
                 self._states.pop(context.request_id, None)
-        run.end_cycle()
-        self._step_metrics = self.statistics.record_step(counts)
-        self.policy.record_acceptance(counts)
-        return [context for context, is_there in zip(run.batch, there, strict=True) if is_there]
+                run.leave(place)
+            member.end = context.tokens.processed_length
+        run.end_cycle(outcome.hidden, gained)
+        self._count_acceptance(counts)
+        return advanced

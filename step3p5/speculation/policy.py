@@ -16,14 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-PROBE_PERIOD = 512
-"""Fewest cycles from one trial of the other depths to the next."""
-
-PROBE_CYCLES = 16
-"""Cycles for which a trial drafts at full depth."""
-
-PROBE_COST = 0.01
-"""Share of the time that trials may cost; they come less often where that takes more than `PROBE_PERIOD`."""
+from .trials import AFTERMATH, SWITCH_CYCLES, TrialClock, TrialKind, Trials, acceptance_cycles
 
 SAMPLES = 5
 """Measurements of a time of which the median counts."""
@@ -50,29 +43,6 @@ PRIOR_WEIGHT = 4.0
 
 SWITCH_GAIN = 1.02
 """How much better another depth must be to be chosen: measured times are noisy."""
-
-
-@dataclass(frozen=True)
-class Trials:
-    """How depths that are not in use are tried."""
-
-    cycles: int = 1
-    """Steps for each depth, where some depth is in use."""
-
-    share: int = 16
-    """A trial while nothing is drafted takes one request in so many, ..."""
-
-    whole_batch: int = 1
-    """... but all of a batch of no more than this."""
-
-    def requests(self, batch: int) -> int:
-        """For how many of `batch` requests a trial drafts where nothing is drafted."""
-        return batch if batch <= self.whole_batch else max(1, batch // self.share)
-
-
-CYCLE_TRIALS = Trials(cycles=3, whole_batch=16)
-"""Where batches go through cycles: the first of a depth leads there from another and is not measured; drafts for some
-of the requests alone take a step without, so that small batches do better to draft as a whole."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +87,9 @@ class FixedDepth:
     def record_drafting(self, batch: int, depth: int, seconds: float) -> None:
         """Learns nothing."""
 
+    def record_step(self, tokens: int, seconds: float) -> None:
+        """Learns nothing."""
+
     def try_out_with(self, trials: Trials) -> None:
         """Tries nothing out."""
 
@@ -138,8 +111,9 @@ class AdaptiveDepth:
         self._verify_seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
         self._draft_seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
         self._chosen: dict[int, int] = {}
-        self._next_probe = PROBE_PERIOD
-        self._cycle = 0
+        self._clock = TrialClock()
+        self._acceptance_cycles = 0
+        """Of the trial."""
         self._running = 0
         self._trials = Trials()
 
@@ -175,6 +149,10 @@ class AdaptiveDepth:
         """Learns the time of drafting `depth` deep for `batch` requests."""
         self._draft_seconds[_bucket(batch), depth].append(seconds)
 
+    def record_step(self, tokens: int, seconds: float) -> None:
+        """Learns the tokens and the time of a step of requests past their prompts, from the end of the one before."""
+        self._clock.record(tokens, seconds)
+
     def plan(self, batch: int, pure: bool) -> DraftPlan:
         """What to draft now, called once a step.
 
@@ -186,43 +164,48 @@ class AdaptiveDepth:
         if not pure:
             return DraftPlan(self._best(_bucket(max(batch, self._running))), batch)
         self._running = batch
-        self._cycle += 1
         bucket = _bucket(batch)
         best = self._best(bucket)
+        kind = TrialKind(bucket, drafts=best > 0)
+        self._clock.tick(kind)
         if (unmeasured := self._to_measure(bucket, best)) is not None:
             return DraftPlan(unmeasured, batch)
-        if self._cycle >= self._next_probe + PROBE_CYCLES + self._max_depth * self._trials.cycles:
-            self._next_probe = self._cycle + self._probe_period(bucket, best, batch)
-        phase = self._cycle - self._next_probe
-        if phase == 0:
+        tried = self._tried(best, batch)
+        if self._clock.is_due(kind, self._expected_cost(bucket, best, tried, batch)):
+            self._clock.begin(kind, self._rates(bucket)[best] * batch)
+            self._acceptance_cycles = acceptance_cycles(tried) if best < self._max_depth else 0
             for index in range(self._max_depth):
                 self._forget(index, DOUBTED_WINDOW)
-        if 0 <= phase < PROBE_CYCLES and best < self._max_depth:
-            return DraftPlan(self._max_depth, self._tried(best, batch))
+        phase = self._clock.phase
+        if phase is None:
+            return DraftPlan(best, batch)
+        if phase < self._acceptance_cycles:
+            return DraftPlan(self._max_depth, tried)
         # From deep to shallow: who has more drafts than needed can go on with some.
         others = [depth for depth in range(self._max_depth, -1, -1) if depth != best]
-        turn = (phase - PROBE_CYCLES) // self._trials.cycles
+        turn = (phase - self._acceptance_cycles) // self._trials.cycles
         # Drafting again after a rest reads all that was left unread: not for a measurement.
         if best and 0 <= turn < len(others):
             return DraftPlan(others[turn], batch)
+        if phase >= self._acceptance_cycles + AFTERMATH + (len(others) * self._trials.cycles if best else 0):
+            self._clock.end()
         return DraftPlan(best, batch)
 
-    def _probe_period(self, bucket: int, best: int, batch: int) -> int:
-        """Cycles until the next trial, by what one costs in cycles of the depth in use."""
-        acceptance = self.acceptance
+    def _expected_cost(self, bucket: int, best: int, tried: int, batch: int) -> float:
+        """Seconds that a trial costs by what is known of the depths, where `tried` of `batch` requests draft in it."""
+        acceptance, best_seconds = self.acceptance, self._cycle_seconds(bucket, best)
 
         def tokens(depth: int) -> float:
             return tokens_per_cycle(acceptance[:depth])
 
-        best_seconds = self._cycle_seconds(bucket, best)
         lost = [
-            max(0.0, self._cycle_seconds(bucket, depth) / best_seconds - tokens(depth) / tokens(best))
+            max(0.0, self._cycle_seconds(bucket, depth) - best_seconds * tokens(depth) / tokens(best))
             for depth in range(self._max_depth + 1)
         ]
+        switches = 2 + (self._max_depth if best else 0)
         # A draft reads all of its weights for however few requests.
-        share = max(self._tried(best, batch) / batch, 0.25)
-        cost = PROBE_CYCLES * share * lost[-1] + (self._trials.cycles * sum(lost) if best else 0.0)
-        return max(PROBE_PERIOD, int(cost / PROBE_COST))
+        drafts = acceptance_cycles(tried) * max(tried / batch, 0.25) * lost[-1]
+        return drafts + (self._trials.cycles * sum(lost) if best else 0.0) + switches * SWITCH_CYCLES * best_seconds
 
     def _tried(self, best: int, batch: int) -> int:
         """For how many of `batch` requests a trial drafts where `best` is the depth in use."""

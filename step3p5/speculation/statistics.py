@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from max.pipelines.speculative.utils import _SpeculativeDecodingMetrics
 
 
+def step_metrics(requests: Sequence[tuple[int, int]]) -> _SpeculativeDecodingMetrics:
+    """A step's acceptance as MAX reports it, of requests as (drafts verified, drafts accepted)."""
+    depth = max((verified for verified, _ in requests), default=0)
+    accepted = [sum(accepted > index for _, accepted in requests) for index in range(depth)]
+    return _SpeculativeDecodingMetrics(depth, accepted, len(requests))
+
+
 class Statistics:
     """Counts since the pipeline was made.
 
@@ -28,15 +35,12 @@ class Statistics:
         self.draft_seconds = 0.0
         """Time of drafting."""
 
-    def record_step(self, requests: Sequence[tuple[int, int]]) -> _SpeculativeDecodingMetrics:
-        """Counts one step's requests that had drafts, each as (drafts verified, drafts accepted)."""
+    def record_drafts(self, requests: Sequence[tuple[int, int]]) -> None:
+        """Counts requests that had drafts, each as (drafts verified, drafts accepted)."""
         self.drafts += sum(verified for verified, _ in requests)
-        depth = max((verified for verified, _ in requests), default=0)
-        accepted_now = [sum(accepted > index for _, accepted in requests) for index in range(depth)]
-        for index in range(depth):
+        for index in range(max((verified for verified, _ in requests), default=0)):
             self.verified[index] += sum(verified > index <= accepted for verified, accepted in requests)
-            self.accepted[index] += accepted_now[index]
-        return _SpeculativeDecodingMetrics(depth, accepted_now, len(requests))
+            self.accepted[index] += sum(accepted > index for _, accepted in requests)
 
     def record_times(self, verify_seconds: float, draft_seconds: float) -> None:
         """Adds one step's times."""

@@ -9,7 +9,9 @@ can be captured. The host learns what was drawn and accepted while the depths dr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,7 +26,7 @@ from ..mtp import UNKNOWN_TOKEN
 from .captured import CapturedGraph
 from .drafted import Drafted, DraftReader
 from .host_rows import host_dtype, rows_from_host, rows_to_host
-from .kept_rows import DeviceRows, KeptRows, Rows, common_source, concatenated, split_rows
+from .kept_rows import DeviceRows, KeptRows, Rows, concatenated, split_rows
 from .rows import Int64
 from .transfers import OneCopy
 
@@ -115,6 +117,11 @@ class Outcome:
     hidden: npt.NDArray[Any] | None
     """The hidden states `[batch, d + 1, hidden_size]`; `None` where no depth rests that will want them."""
 
+    def wait(self) -> None:
+        """Returns once it is there."""
+        if self.ready is not None:
+            self.ready.synchronize()
+
 
 class SteadyCycle:
     """The memory and the graphs of one batch size and depth.
@@ -147,7 +154,8 @@ class SteadyCycle:
         self._unknown = self._constant(np.full(batch_size, UNKNOWN_TOKEN, dtype=np.int64))
         self._most_rows = Buffer.from_numpy(np.array([self.rows_each], dtype=np.uint32))
         self._metadata: dict[str, Buffer] = {}
-        self._begun: list[Buffer] = []  # a copy goes on after the call, on a CPU too, and keeps no source alive
+        # A copy goes on after the call, on a CPU too, and keeps no source alive. A cycle lies between two of these.
+        self._begun: deque[Sequence[Buffer]] = deque(maxlen=4)
         self._drafted: list[Buffer] = []
         self._reader = DraftReader(graphs.device)
         self._lengths = OneCopy(graphs.device)
@@ -164,31 +172,36 @@ class SteadyCycle:
                 for _ in range(2)
             ]
 
-    def begin(self, starts: Sequence[Start]) -> None:
-        """Fills the memory with where the requests stand; those that are missing to the batch size read zeros."""
-        depth, keep = self.depth, self._graphs.keep
-        window = np.zeros((self.batch_size, keep + 1), dtype=np.int64)
-        verified = np.zeros((self.batch_size, depth + 1), dtype=np.int64)
-        for request, start in enumerate(starts):
-            window[request] = start.window
-            verified[request] = [start.window[-1], *start.drafts[:]]
-        self._begun = [Buffer.from_numpy(verified.reshape(-1)), Buffer.from_numpy(window)]
-        for memory, values in zip((self._verified, self._window), self._begun, strict=True):
-            memory.inplace_copy_from(values)
-        pieces = [piece for start in starts for piece in start.kept]
-        all_rows = self._kept.view(self._kept.dtype, (self.batch_size * keep, self._graphs.hidden_size))
-        rows = all_rows[: len(starts) * keep, :]
-        source = None if self._device.is_host else common_source(pieces)
-        if source is None:
-            on_host = concatenated(pieces, self._graphs.hidden_size, host_dtype(self._kept.dtype))
-            self._begun.append(rows_from_host(on_host, self._kept.dtype, self._device))
-            rows.inplace_copy_from(self._begun[-1])
-            return
-        kept, places = source
-        batch_inplace_copy(
-            [rows[to : to + 1, :] for to in range(len(places))],
-            [kept.on_device[place : place + 1, :] for place in places.tolist()],
-        )
+    def begin(self, starts: Mapping[int, Start]) -> None:
+        """Lets requests begin at places of the cycle, behind all that was launched; other places stay as they are.
+
+        Args:
+            starts: Where the requests stand, by their places in ascending order.
+        """
+        width, keep, hidden_size = self.depth + 1, self._graphs.keep, self._graphs.hidden_size
+        windows = np.array([start.window for start in starts.values()], dtype=np.int64)
+        verified = np.array([[start.window[-1], *start.drafts[:]] for start in starts.values()], dtype=np.int64)
+        window_rows = self._window.view(DType.int64, (self.batch_size * (keep + 1),))
+        kept_rows = self._kept.view(self._kept.dtype, (self.batch_size * keep, hidden_size))
+        pieces = [piece for start in starts.values() for piece in start.kept]
+        copies = [
+            *_copies(window_rows, Buffer.from_numpy(windows.reshape(-1)), starts, keep + 1),
+            *_copies(self._verified, Buffer.from_numpy(verified.reshape(-1)), starts, width),
+        ]
+        if self._device.is_host or not all(isinstance(piece, DeviceRows) for piece in pieces):
+            on_host = concatenated(pieces, hidden_size, host_dtype(self._kept.dtype))
+            copies += _copies(kept_rows, rows_from_host(on_host, self._kept.dtype, self._device), starts, keep)
+        else:
+            places = iter([place * keep + row for place in starts for row in range(keep)])
+            copies += [
+                (kept_rows[place : place + 1, :], piece.kept.on_device[row : row + 1, :])
+                for piece in pieces
+                if isinstance(piece, DeviceRows)
+                for row, place in zip(range(piece.start, piece.end), places, strict=False)
+            ]
+        to, sources = zip(*copies, strict=True)
+        batch_inplace_copy(to, sources)
+        self._begun.append(sources)
 
     def at_lengths(self, caches: Caches, lengths: Int64) -> Caches:
         """The same caches with `lengths` positions of each request in them."""
@@ -317,6 +330,20 @@ class SteadyCycle:
 
     def _constant(self, values: npt.NDArray[Any]) -> Buffer:
         return Buffer.from_numpy(values).to(self._device)
+
+
+def _copies(to: Buffer, source: Buffer, places: Iterable[int], size: int) -> Iterator[tuple[Buffer, Buffer]]:
+    """Copies of `source`, which has `size` rows for each of the ascending `places` of `to`: one for places in a row."""
+    at = 0
+    for _, group in itertools.groupby(enumerate(places), key=lambda one: one[1] - one[0]):
+        own = [place for _, place in group]
+        count = len(own) * size
+        yield _rows(to, own[0] * size, count), _rows(source, at, count)
+        at += count
+
+
+def _rows(buffer: Buffer, first: int, count: int) -> Buffer:
+    return buffer[(slice(first, first + count), *[slice(None)] * (buffer.rank - 1))]
 
 
 class SteadyCycles:

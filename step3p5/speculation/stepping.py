@@ -23,12 +23,17 @@ from .model import SpeculativeStep3p5Model
 from .policy import AdaptiveDepth, DraftPlan, FixedDepth
 from .rows import draft_rows
 from .state import RequestState
-from .statistics import Statistics
+from .statistics import Statistics, step_metrics
 
 
 def outputs_of(contexts: Iterable[TextContext]) -> PipelineOutputsDict[TextGenerationOutput]:
     """What each request has generated since it was last asked, if anything."""
     return {c.request_id: output for c in contexts if (output := c.to_generation_output()).tokens}
+
+
+def is_running(context: TextContext) -> bool:
+    """Whether a request is past its prompt."""
+    return bool(context.tokens.active_length == 1 and context.tokens.generated_length)
 
 
 class SteppingPipeline(TextGenerationPipeline[TextContext]):
@@ -43,6 +48,9 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
         super().__init__(*args, **kwargs)
         self._states: dict[RequestID, RequestState] = {}
         self._step_metrics: _SpeculativeDecodingMetrics | None = None
+        self._counts_of_step: list[tuple[int, int]] = []
+        self._stepped = time.perf_counter()
+        """When the last step ended."""
         self._planned = DraftPlan(0, 0)
         self._planned_ahead: DraftPlan | None = None
         """What the policy has said already for the drafts of this step."""
@@ -72,7 +80,15 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
             raise InputError(
                 "logprobs: found a request for them, expected none with speculation. Run without --speculative-method."
             )
-        return self._execute_batches(inputs.batches) if any(inputs.batches) else {}
+        self._counts_of_step = []
+        if not any(inputs.batches):
+            return {}
+        pure, before = all(map(is_running, flatten2d(inputs.batches))), self._stepped
+        outputs = self._execute_batches(inputs.batches)
+        self._stepped = time.perf_counter()
+        if pure:
+            self.policy.record_step(sum(len(output.tokens) for output in outputs.values()), self._stepped - before)
+        return outputs
 
     def _execute_batches(self, batches: Sequence[list[TextContext]]) -> PipelineOutputsDict[TextGenerationOutput]:
         """A step of requests of which none is done."""
@@ -80,7 +96,7 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
         started = time.perf_counter()
         states = [self._state(context) for context in batch]
         drafts = [self._drafts_to_verify(context, state) for context, state in zip(batch, states, strict=True)]
-        pure = all(context.tokens.active_length == 1 and context.tokens.generated_length for context in batch)
+        pure = all(map(is_running, batch))
         for context, own in zip(batch, drafts, strict=True):
             # The cache makes room for as many; their tokens may be on the device alone.
             context.spec_decoding_state.draft_tokens_to_verify = [0] * len(own)
@@ -89,7 +105,7 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
         drawn = self._sample(logits, batch, drafts)
         first_rows = self._commit(batch, drafts, drawn)
         verified = time.perf_counter()
-        if pure and self._planned.num_requests == len(batch) and not self._is_start_of_run(batch):
+        if pure and self._planned.num_requests == len(batch) and not self._foretells_nothing(batch):
             self.policy.record_verification(len(batch), self._planned.depth, verified - started)
         if self._pipeline_model.heads is not None:
             self._pipeline_model.heads.see(np.array(drawn))
@@ -100,8 +116,8 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
             self._kv_manager.step(context)
         return outputs
 
-    def _is_start_of_run(self, batch: Sequence[TextContext]) -> bool:
-        """Whether a step only leads to another kind, so that its time foretells nothing."""
+    def _foretells_nothing(self, batch: Sequence[TextContext]) -> bool:
+        """Whether a step's time says nothing about those to come: it leads to another kind, or had one beside it."""
         del batch
         return False
 
@@ -172,9 +188,15 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
                 if len(own):
                     counts.append((len(own), accepted))
             context.spec_decoding_state.draft_tokens_to_verify = []
-        self._step_metrics = self.statistics.record_step(counts)
-        self.policy.record_acceptance(counts)
+        self._count_acceptance(counts)
         return first_rows
+
+    def _count_acceptance(self, requests: Sequence[tuple[int, int]]) -> None:
+        """Counts the drafts of some of a step's requests, each as (drafts verified, drafts accepted)."""
+        self._counts_of_step += requests
+        self._step_metrics = step_metrics(self._counts_of_step)
+        self.statistics.record_drafts(requests)
+        self.policy.record_acceptance(requests)
 
     def _draft(
         self,
@@ -217,6 +239,6 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
             amid_prompt = advance.end + 1 < len(advance.tokens)
             drafts = None if amid_prompt or not depth else Drafts(drafted, places[index], depth)
             states[index].advance(advance.end, depth, own_rows, drafts)
-        measures = pure and plan.num_requests == len(running) and not self._is_start_of_run(batch)
+        measures = pure and plan.num_requests == len(running) and not self._foretells_nothing(batch)
         if plan.depth and measures and rows.max_prompt_length <= 2 * model.depth:
             self.policy.record_drafting(len(running), plan.depth, time.perf_counter() - started)

@@ -1,0 +1,113 @@
+"""Trials of depths that are not in use: how they go, and when, by what the last one cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PERIOD = 512
+"""Fewest cycles from one trial to the next."""
+
+COST = 0.015
+"""Share of the time that trials may cost; they come less often where that takes more than `PERIOD`."""
+
+DRAFTS = 32
+MOST_CYCLES = 16
+FEWEST_CYCLES = 4
+"""A trial of the acceptance drafts at full depth until so many requests' drafts were verified, within bounds."""
+
+SWITCH_CYCLES = 8.0
+"""What it costs to go from one depth to another, in cycles, before it was measured."""
+
+AFTERMATH = 4
+"""Cycles after a trial whose time belongs to it."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How depths that are not in use are tried."""
+
+    cycles: int = 1
+    """Steps for each depth, where some depth is in use."""
+
+    share: int = 16
+    """A trial while nothing is drafted takes one request in so many, ..."""
+
+    whole_batch: int = 1
+    """... but all of a batch of no more than this."""
+
+    def requests(self, batch: int) -> int:
+        """For how many of `batch` requests a trial drafts where nothing is drafted."""
+        return batch if batch <= self.whole_batch else max(1, batch // self.share)
+
+
+CYCLE_TRIALS = Trials(cycles=3, whole_batch=16)
+"""Where batches go through cycles: the first of a depth leads there from another and is not measured; drafts for some
+of the requests alone take a step without, so that small batches do better to draft as a whole."""
+
+
+def acceptance_cycles(requests: int) -> int:
+    """For how many cycles a trial of the acceptance drafts for `requests` requests."""
+    return min(max(-(-DRAFTS // requests), FEWEST_CYCLES), MOST_CYCLES)
+
+
+@dataclass(frozen=True)
+class TrialKind:
+    """Trials that cost about the same: by how many requests there are, and whether a depth is in use that drafts."""
+
+    bucket: int
+    drafts: bool
+
+
+class TrialClock:
+    """When trials begin and what they cost: the time they took beyond that of as many tokens at the depth in use."""
+
+    def __init__(self) -> None:
+        self.phase: int | None = None
+        """Cycles since a trial began; `None` where there is none."""
+        self._cycles_since, self._seconds_since = 0, 0.0
+        self._kind, self._drafts = TrialKind(0, drafts=False), False
+        self._rate = self._lost = 0.0
+        self._costs: dict[TrialKind, float] = {}
+
+    def tick(self, kind: TrialKind) -> None:
+        """A cycle begins in which a trial would be of `kind`.
+
+        A trial with other batch sizes is over, and its cost stays unknown. Where drafting has just come to rest, or has
+        begun again, enough is known for a while.
+        """
+        self._cycles_since += 1
+        if self.phase is not None:
+            self.phase += 1
+            if kind.bucket != self._kind.bucket:
+                self._rest()
+        elif kind.drafts != self._drafts:
+            self._rest()
+        self._drafts = kind.drafts
+
+    def _rest(self) -> None:
+        self.phase, self._cycles_since, self._seconds_since = None, 0, 0.0
+
+    def is_due(self, kind: TrialKind, expected_cost: float) -> bool:
+        """Whether a trial may begin.
+
+        Args:
+            kind: What it would be.
+            expected_cost: Seconds, for a kind of which there has been none.
+        """
+        cost = self._costs.get(kind, expected_cost)
+        return self.phase is None and self._cycles_since >= PERIOD and self._seconds_since * COST >= cost
+
+    def begin(self, kind: TrialKind, rate: float) -> None:
+        """A trial begins, where the depth in use gives `rate` tokens a second."""
+        self.phase, self._kind, self._rate, self._lost = 0, kind, rate, 0.0
+
+    def end(self) -> None:
+        """The trial is over."""
+        self._costs[self._kind] = max(self._lost, 0.0)
+        self._rest()
+
+    def record(self, tokens: int, seconds: float) -> None:
+        """Learns what a step gave and took."""
+        self._seconds_since += seconds
+        if self.phase is not None:
+            self._lost += seconds - tokens / self._rate
