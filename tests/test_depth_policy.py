@@ -151,6 +151,31 @@ def test_acceptance_that_falls_is_noticed_at_once(rng: np.random.Generator, batc
     assert np.mean(np.array(after) == 0) >= MOST
 
 
+def depths_asked(policy: AdaptiveDepth, batch: int, *, measures: bool = True) -> list[int]:
+    """What a policy wants in 100 steps, drafts being right and costing nothing."""
+    depths = []
+    for _ in range(100):
+        depth = policy.plan(batch, pure=True).depth
+        depths.append(depth)
+        policy.record_acceptance([(depth, depth)] * batch if depth else [])
+        if measures:
+            policy.record_verification(batch, depth, 1.0)
+            policy.record_drafting(batch, depth, 0.0)
+    return depths
+
+
+def test_a_batch_about_as_large_as_one_that_is_known_is_not_measured() -> None:
+    policy = AdaptiveDepth(DEPTH, any_bytes)
+    assert 0 in depths_asked(policy, 16)
+    assert [0 in depths_asked(policy, batch) for batch in (17, 12, 32, 8, 128)] == [False] * 4 + [True]
+
+
+def test_what_cannot_be_measured_is_given_up() -> None:
+    depths = depths_asked(AdaptiveDepth(DEPTH, any_bytes), 16, measures=False)
+    assert 0 < depths.count(0) < 20
+    assert set(depths[-50:]) == {DEPTH}
+
+
 def test_acceptance_that_comes_back_is_noticed(rng: np.random.Generator) -> None:
     verify = lambda _, depth: 1.0 + 0.02 * depth  # noqa: E731
     before, after = [], []

@@ -397,7 +397,7 @@ class SpeculativePipeline(SteppingPipeline):
             ahead = self._launch_at_once(run, np.zeros(1, dtype=np.int64), following)
         launched.outcome.wait()
         verified, model, run.launched = time.perf_counter(), self._pipeline_model, None
-        requests, seconds = len(run), run.seconds_of_cycle(verified)
+        seconds = run.seconds_of_cycle(verified)
         drawn = launched.outcome.result[[place for place, _ in run]]
         if model.heads is not None:
             model.heads.see(drawn[:, :-1].ravel())
@@ -408,8 +408,8 @@ class SpeculativePipeline(SteppingPipeline):
             self._note_ahead(run, ahead)
         if seconds is not None:
             # What the host does goes on beside the drafting, so that the two have no times of their own.
-            self.policy.record_verification(requests, run.cycle.depth, seconds)
-            self.policy.record_drafting(requests, run.cycle.depth, 0.0)
+            self.policy.record_verification(run.cycle.batch_size, run.cycle.depth, seconds)
+            self.policy.record_drafting(run.cycle.batch_size, run.cycle.depth, 0.0)
         self.statistics.record_times(verified - launched.at, time.perf_counter() - verified)
         return advanced
 

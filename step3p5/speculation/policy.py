@@ -2,27 +2,22 @@
 
 A cycle drafts `d` tokens of each request and verifies them. With a conditional acceptance `a_k` at depth `k` it gives a
 request `1 + a_0 + a_0 a_1 + …` tokens. The depth whose tokens come fastest is chosen, for the batch at hand; 0 is plain
-decoding. For a batch size that is new, costs are those that the bytes to read foretell, in proportion to what has been
-measured; plain decoding and every depth that may pay by them are then measured. What is not in use is tried now and
-then, so that a change of the requests or of the machine is noticed: each depth for a few cycles to learn its time, and
-where nothing is drafted, a few requests for a while to learn their acceptance.
+decoding. For batch sizes unlike all before, costs are those that the bytes to read foretell, in proportion to what has
+been measured; plain decoding and every depth that may pay by them are then measured. What is not in use is tried now
+and then, so that a change of the requests or of the machine is noticed: each depth for a few cycles to learn its time,
+and where nothing is drafted, a few requests for a while to learn their acceptance.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
-from collections import defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .cycle_times import CycleTimes
+from .padding import padded_size
 from .trials import AFTERMATH, SWITCH_CYCLES, TrialClock, TrialKind, Trials, acceptance_cycles
-
-SAMPLES = 5
-"""Measurements of a time of which the median counts."""
-
-FIRST_SAMPLES = 2
-"""How often a depth is measured at first."""
 
 DOUBT = 1.3
 """A depth that by the bytes is slower than the best by more than this is not measured before the next trial."""
@@ -41,8 +36,13 @@ PRIOR_ACCEPTANCE = 0.7
 PRIOR_WEIGHT = 4.0
 """What is believed before anything was verified, and how many drafts it takes to outweigh it."""
 
-SWITCH_GAIN = 1.02
-"""How much better another depth must be to be chosen: measured times are noisy."""
+MEASURING = 8
+"""Most cycles for which a depth is used only to measure it."""
+
+SWITCH_GAIN = 1.03
+REST_GAIN = 1.02
+"""How much better another depth must be to be chosen, and plain decoding: it takes time to change, and measured times
+are noisy, but speculation must not lose."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,16 @@ class AdaptiveDepth:
 
     def __init__(self, max_depth: int, cycle_bytes: Callable[[int, int], float]) -> None:
         self._max_depth = max_depth
-        self._cycle_bytes = functools.cache(lambda bucket, depth: cycle_bytes(_typical_batch(bucket), depth))
+        self._times = CycleTimes(functools.cache(cycle_bytes))
         self._accepted = [PRIOR_ACCEPTANCE * PRIOR_WEIGHT] * max_depth
         self._verified = [PRIOR_WEIGHT] * max_depth
         self._recent = [PRIOR_ACCEPTANCE] * max_depth
-        self._verify_seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
-        self._draft_seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
-        self._chosen: dict[int, int] = {}
+        self._depth: int | None = None
+        """The depth in use, but for measurements and trials."""
+        self._measuring: tuple[int, int] | None = None
+        """A batch size and the depth that is measured for it."""
+        self._tries: Counter[tuple[int, int]] = Counter()
+        """For how many cycles each was."""
         self._clock = TrialClock()
         self._acceptance_cycles = 0
         """Of the trial."""
@@ -143,11 +146,11 @@ class AdaptiveDepth:
 
     def record_verification(self, batch: int, depth: int, seconds: float) -> None:
         """Learns the time of a verification of `depth` drafts of each of `batch` requests."""
-        self._verify_seconds[_bucket(batch), depth].append(seconds)
+        self._times.record_verification(_size(batch), depth, seconds)
 
     def record_drafting(self, batch: int, depth: int, seconds: float) -> None:
         """Learns the time of drafting `depth` deep for `batch` requests."""
-        self._draft_seconds[_bucket(batch), depth].append(seconds)
+        self._times.record_drafting(_size(batch), depth, seconds)
 
     def record_step(self, tokens: int, seconds: float) -> None:
         """Learns the tokens and the time of a step of requests past their prompts, from the end of the one before."""
@@ -162,17 +165,17 @@ class AdaptiveDepth:
                 its time says nothing.
         """
         if not pure:
-            return DraftPlan(self._best(_bucket(max(batch, self._running))), batch)
+            return DraftPlan(self._best(_size(max(batch, self._running))), batch)
         self._running = batch
-        bucket = _bucket(batch)
-        best = self._best(bucket)
-        kind = TrialKind(bucket, drafts=best > 0)
+        size = _size(batch)
+        best = self._best(size)
+        kind = TrialKind(size.bit_length(), drafts=best > 0)
         self._clock.tick(kind)
-        if (unmeasured := self._to_measure(bucket, best)) is not None:
+        if (unmeasured := self._to_measure(size, best)) is not None:
             return DraftPlan(unmeasured, batch)
         tried = self._tried(best, batch)
-        if self._clock.is_due(kind, self._expected_cost(bucket, best, tried, batch)):
-            self._clock.begin(kind, self._rates(bucket)[best] * batch)
+        if self._clock.is_due(kind, self._expected_cost(size, best, tried, batch)):
+            self._clock.begin(kind, self._rates(size)[best] * batch)
             self._acceptance_cycles = acceptance_cycles(tried) if best < self._max_depth else 0
             for index in range(self._max_depth):
                 self._forget(index, DOUBTED_WINDOW)
@@ -191,15 +194,15 @@ class AdaptiveDepth:
             self._clock.end()
         return DraftPlan(best, batch)
 
-    def _expected_cost(self, bucket: int, best: int, tried: int, batch: int) -> float:
+    def _expected_cost(self, size: int, best: int, tried: int, batch: int) -> float:
         """Seconds that a trial costs by what is known of the depths, where `tried` of `batch` requests draft in it."""
-        acceptance, best_seconds = self.acceptance, self._cycle_seconds(bucket, best)
+        acceptance, best_seconds = self.acceptance, self._times.seconds(size, best)
 
         def tokens(depth: int) -> float:
             return tokens_per_cycle(acceptance[:depth])
 
         lost = [
-            max(0.0, self._cycle_seconds(bucket, depth) - best_seconds * tokens(depth) / tokens(best))
+            max(0.0, self._times.seconds(size, depth) - best_seconds * tokens(depth) / tokens(best))
             for depth in range(self._max_depth + 1)
         ]
         switches = 2 + (self._max_depth if best else 0)
@@ -217,58 +220,43 @@ class AdaptiveDepth:
         self._accepted[index] *= share
         self._verified[index] *= share
 
-    def _best(self, bucket: int) -> int:
+    def _best(self, size: int) -> int:
         """The depth whose tokens come fastest, by what was measured and, where nothing was, by the bytes."""
-        rates = self._rates(bucket)
+        rates = self._rates(size)
         best = max(range(self._max_depth + 1), key=rates.__getitem__)
-        current = self._chosen.get(bucket, best)
-        if rates[best] > rates[current] * SWITCH_GAIN:
+        current = best if self._depth is None else self._depth
+        if rates[best] > rates[current] * (SWITCH_GAIN if best else REST_GAIN):
             current = best
-        self._chosen[bucket] = current
+        self._depth = current
         return current
 
-    def _to_measure(self, bucket: int, best: int) -> int | None:
-        """The next depth to measure of a new batch size; `None` once the best is known well enough.
+    def _to_measure(self, size: int, best: int) -> int | None:
+        """The next depth to measure for a batch size unlike all before; `None` once the best is known well enough.
 
         First the best by the bytes, then plain decoding, which no depth may lose to, then what might be better.
         """
-        rates = self._rates(bucket)
-        doubtful = [depth for depth in range(self._max_depth, 0, -1) if rates[depth] * DOUBT > rates[best]]
-        return next((depth for depth in (best, 0, *doubtful) if not self._measured(bucket, depth)), None)
+        if self._measuring is None or self._measuring[0] != size or not self._may_measure(*self._measuring):
+            rates = self._rates(size)
+            doubtful = [depth for depth in range(self._max_depth, 0, -1) if rates[depth] * DOUBT > rates[best]]
+            unknown = (depth for depth in (best, 0, *doubtful) if not self._times.is_known(size, depth))
+            self._measuring = next(((size, depth) for depth in unknown if self._may_measure(size, depth)), None)
+        if self._measuring is None:
+            return None
+        self._tries[self._measuring] += 1
+        return self._measuring[1]
 
-    def _rates(self, bucket: int) -> list[float]:
+    def _may_measure(self, size: int, depth: int) -> bool:
+        return not self._times.is_measured(size, depth) and self._tries[size, depth] < MEASURING
+
+    def _rates(self, size: int) -> list[float]:
         """Tokens a second at each depth, but for a common factor as long as nothing was measured."""
         acceptance = self.acceptance
         return [
-            tokens_per_cycle(acceptance[:depth]) / self._cycle_seconds(bucket, depth)
+            tokens_per_cycle(acceptance[:depth]) / self._times.seconds(size, depth)
             for depth in range(self._max_depth + 1)
         ]
 
-    def _measured(self, bucket: int, depth: int) -> bool:
-        counts = [len(self._verify_seconds[bucket, depth])]
-        if depth:
-            counts.append(len(self._draft_seconds[bucket, depth]))
-        return min(counts) >= FIRST_SAMPLES
 
-    def _cycle_seconds(self, bucket: int, depth: int) -> float:
-        """A cycle's time: measured, or as the bytes foretell from the likest cycle that was."""
-        if self._measured(bucket, depth):
-            return self._measured_seconds(bucket, depth)
-        measured = [key for key in self._verify_seconds if self._measured(*key)]
-        if not measured:
-            return self._cycle_bytes(bucket, depth)
-        likest = min(measured, key=lambda key: (abs(key[0] - bucket), abs(key[1] - depth)))
-        return self._measured_seconds(*likest) * self._cycle_bytes(bucket, depth) / self._cycle_bytes(*likest)
-
-    def _measured_seconds(self, bucket: int, depth: int) -> float:
-        seconds = statistics.median(self._verify_seconds[bucket, depth])
-        return seconds + statistics.median(self._draft_seconds[bucket, depth]) if depth else seconds
-
-
-def _bucket(batch: int) -> int:
-    return batch.bit_length()
-
-
-def _typical_batch(bucket: int) -> int:
-    """A batch size in the middle of those of `bucket`."""
-    return int(0.75 * (1 << bucket))
+def _size(batch: int) -> int:
+    """Batches that are told apart: those whose graphs are captured."""
+    return padded_size(batch, 1 << batch.bit_length())

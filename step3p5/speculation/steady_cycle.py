@@ -188,17 +188,14 @@ class SteadyCycle:
             *_copies(window_rows, Buffer.from_numpy(windows.reshape(-1)), starts, keep + 1),
             *_copies(self._verified, Buffer.from_numpy(verified.reshape(-1)), starts, width),
         ]
-        if self._device.is_host or not all(isinstance(piece, DeviceRows) for piece in pieces):
+        on_device = [piece for piece in pieces if isinstance(piece, DeviceRows)]
+        if self._device.is_host or len(on_device) < len(pieces):
             on_host = concatenated(pieces, hidden_size, host_dtype(self._kept.dtype))
             copies += _copies(kept_rows, rows_from_host(on_host, self._kept.dtype, self._device), starts, keep)
         else:
-            places = iter([place * keep + row for place in starts for row in range(keep)])
-            copies += [
-                (kept_rows[place : place + 1, :], piece.kept.on_device[row : row + 1, :])
-                for piece in pieces
-                if isinstance(piece, DeviceRows)
-                for row, place in zip(range(piece.start, piece.end), places, strict=False)
-            ]
+            rows = [(piece.kept, row) for piece in on_device for row in range(piece.start, piece.end)]
+            to_rows = [place * keep + row for place in starts for row in range(keep)]
+            copies += _copies_of_kept(kept_rows, to_rows, rows)
         to, sources = zip(*copies, strict=True)
         batch_inplace_copy(to, sources)
         self._begun.append(sources)
@@ -340,6 +337,21 @@ def _copies(to: Buffer, source: Buffer, places: Iterable[int], size: int) -> Ite
         count = len(own) * size
         yield _rows(to, own[0] * size, count), _rows(source, at, count)
         at += count
+
+
+def _copies_of_kept(
+    to: Buffer, places: Sequence[int], rows: Sequence[tuple[KeptRows, int]]
+) -> Iterator[tuple[Buffer, Buffer]]:
+    """Copies of kept rows to rows of `to`: one for those that lie in a row on both sides."""
+
+    def span(one: tuple[int, tuple[int, tuple[KeptRows, int]]]) -> tuple[int, int, int]:
+        index, (place, (kept, row)) = one
+        return id(kept), place - index, row - index
+
+    for _, group in itertools.groupby(enumerate(zip(places, rows, strict=True)), key=span):
+        own = [pair for _, pair in group]
+        place, (kept, row) = own[0]
+        yield _rows(to, place, len(own)), _rows(kept.on_device, row, len(own))
 
 
 def _rows(buffer: Buffer, first: int, count: int) -> Buffer:
