@@ -151,6 +151,29 @@ def test_acceptance_that_falls_is_noticed_at_once(rng: np.random.Generator, batc
     assert np.mean(np.array(after) == 0) >= MOST
 
 
+def test_what_was_left_unread_has_to_pay_before_drafting_begins_again() -> None:
+    """It takes a second a position, and a cycle's time to go deeper."""
+    rested = []
+    for positions in (0, 200):
+        policy = AdaptiveDepth(DEPTH, any_bytes)
+        policy.record_catching_up(10, 10.0)
+        for depth in range(DEPTH + 1):
+            for _ in range(2):
+                policy.record_verification(8, depth, 1.0 + 0.5 * depth)
+                policy.record_drafting(8, depth, 0.0)
+        policy.record_acceptance([(DEPTH, 0)] * 400)
+        for _ in range(10):
+            policy.plan(8, pure=True)
+        assert policy.plan(8, pure=True).depth == 0
+        policy.record_acceptance([(DEPTH, DEPTH)] * 4000)
+        gain = tokens_per_cycle(policy.acceptance) / 2.5 - 1
+        depths = [policy.plan(8, pure=True, unread=lambda _, p=positions: p).depth for _ in range(500)]  # type: ignore[misc]
+        rested.append(depths.index(DEPTH))
+        assert set(depths[rested[-1] :]) == {DEPTH}
+        assert rested[-1] == pytest.approx((1 + positions) / gain, abs=2)
+    assert rested[1] > 100 > rested[0]
+
+
 def depths_asked(policy: AdaptiveDepth, batch: int, *, measures: bool = True) -> list[int]:
     """What a policy wants in 100 steps, drafts being right and costing nothing."""
     depths = []

@@ -21,7 +21,7 @@ from step3p5.model_config import Step3p5Config
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.speculation import model as speculation_model
 from step3p5.speculation.draft_vocabulary import SIZE_VARIABLE
-from step3p5.speculation.policy import DraftPlan, FixedDepth
+from step3p5.speculation.policy import DraftPlan, FixedDepth, Unread
 
 AGREEMENT = 0.7
 DEPTH = 3
@@ -186,7 +186,7 @@ class FickleDepth(FixedDepth):
         super().__init__([], DEPTH)
         self._rng = rng
 
-    def plan(self, batch: int, pure: bool) -> DraftPlan:
+    def plan(self, batch: int, pure: bool, unread: Unread | None = None) -> DraftPlan:
         return DraftPlan(int(self._rng.integers(0, DEPTH + 1)), int(self._rng.integers(1, batch + 1)))
 
 

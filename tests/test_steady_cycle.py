@@ -21,7 +21,7 @@ from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.speculation.captured import CapturedGraph
 from step3p5.speculation.padding import padded_size
-from step3p5.speculation.policy import DraftPlan, FixedDepth
+from step3p5.speculation.policy import DraftPlan, FixedDepth, Unread
 from step3p5.speculation.steady_cycle import Sampler, Start, SteadyCycle, SteadyCycles
 
 DEPTH = 3
@@ -211,7 +211,7 @@ class Changing(FixedDepth):
         self.rng = rng
         self.depths: list[int] = []
 
-    def plan(self, batch: int, pure: bool) -> DraftPlan:
+    def plan(self, batch: int, pure: bool, unread: Unread | None = None) -> DraftPlan:
         if not self.depths:
             self.depths = [
                 int(depth) for depth in self.rng.permutation(DEPTH + 1) for _ in range(self.rng.integers(3, 8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -155,7 +156,7 @@ class SpeculativePipeline(SteppingPipeline):
         cycling = [context for context in batch if self._can_cycle(context)]
         if not cycling:
             return None, list(batch)
-        plan, self._next_plan = self._next_plan or self._ask_policy(len(cycling)), None
+        plan, self._next_plan = self._next_plan or self._ask_policy(cycling), None
         if plan.requests != len(cycling):
             plan = StepPlan(plan.depth, len(cycling), len(cycling))
         self._plan = plan
@@ -186,9 +187,9 @@ class SpeculativePipeline(SteppingPipeline):
         self._give_back(run, [place for place, member in run if member.context.request_id in tried])
         return run
 
-    def _ask_policy(self, requests: int) -> StepPlan:
-        """What the policy says for a step of so many requests that decode."""
-        return StepPlan.of(self.policy.plan(requests, True), requests)
+    def _ask_policy(self, contexts: Sequence[TextContext]) -> StepPlan:
+        """What the policy says for a step of requests that decode."""
+        return StepPlan.of(self.policy.plan(len(contexts), True, partial(self._unread, contexts)), len(contexts))
 
     def _tried(self, cycling: Sequence[TextContext]) -> set[RequestID]:
         """The requests of a trial: those with the least to catch up with, the same ones again in the next step."""
@@ -343,7 +344,7 @@ class SpeculativePipeline(SteppingPipeline):
         Returns:
             The cycle; `None` if the run cannot go on by the policy's plan.
         """
-        self._next_plan = self._ask_policy(len(run))
+        self._next_plan = self._ask_policy(run.contexts)
         if self._next_plan != StepPlan(run.cycle.depth, len(run), len(run)) or not run.fits(len(run)):
             return None
         self._plan, self._next_plan = self._next_plan, None
@@ -359,15 +360,15 @@ class SpeculativePipeline(SteppingPipeline):
             has_room: Whether the scheduler made room for those in the run: it does for the cycle behind one that was
                 launched ahead.
         """
-        requests = len(run) + len(joining)
-        if not requests or any(len(context.tokens) > self._longest_to_draft for context in run.contexts):
+        contexts = [*run.contexts, *(member.context for member, _ in joining.values())]
+        if not contexts or any(len(context.tokens) > self._longest_to_draft for context in run.contexts):
             return
-        plan = self._next_plan = self._next_plan or self._ask_policy(requests + sum(map(self._can_cycle, rest)))
+        plan = self._next_plan = self._next_plan or self._ask_policy([*contexts, *filter(self._can_cycle, rest)])
         begins_trial = plan.is_trial and not self._plan.is_trial
-        if begins_trial or plan.run_depth != run.cycle.depth or not run.fits(requests):
+        if begins_trial or plan.run_depth != run.cycle.depth or not run.fits(len(contexts)):
             return
         try:
-            for context in [*([] if has_room else run.contexts), *(member.context for member, _ in joining.values())]:
+            for context in contexts[len(run) if has_room else 0 :]:
                 self._kv_manager.alloc(context).synchronize()
         except InsufficientBlocksError:
             return  # the scheduler will make room, or wait

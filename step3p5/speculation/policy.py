@@ -14,10 +14,11 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from .cycle_times import CycleTimes
 from .padding import padded_size
-from .trials import AFTERMATH, SWITCH_CYCLES, TrialClock, TrialKind, Trials, acceptance_cycles
+from .trials import AFTERMATH, TrialClock, TrialKind, Trials, acceptance_cycles
 
 DOUBT = 1.3
 """A depth that by the bytes is slower than the best by more than this is not measured before the next trial."""
@@ -39,10 +40,9 @@ PRIOR_WEIGHT = 4.0
 MEASURING = 8
 """Most cycles for which a depth is used only to measure it."""
 
-SWITCH_GAIN = 1.03
-REST_GAIN = 1.02
-"""How much better another depth must be to be chosen, and plain decoding: it takes time to change, and measured times
-are noisy, but speculation must not lose."""
+
+Unread: TypeAlias = Callable[[int], int]
+"""Positions that the first so many depths have not read, of all requests: what drafting so deep begins with."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class FixedDepth:
     def __init__(self, schedule: Sequence[tuple[int, int, int]], max_depth: int) -> None:
         self._schedule, self._max_depth = schedule, max_depth
 
-    def plan(self, batch: int, pure: bool) -> DraftPlan:
+    def plan(self, batch: int, pure: bool, unread: Unread | None = None) -> DraftPlan:
         """What to draft now for a batch of `batch` requests."""
         depths = [depth for first, _, depth in self._schedule if first <= batch]
         return DraftPlan(min(depths[-1], self._max_depth), batch)
@@ -85,6 +85,9 @@ class FixedDepth:
         """Learns nothing."""
 
     def record_drafting(self, batch: int, depth: int, seconds: float) -> None:
+        """Learns nothing."""
+
+    def record_catching_up(self, positions: int, seconds: float) -> None:
         """Learns nothing."""
 
     def record_step(self, tokens: int, seconds: float) -> None:
@@ -110,6 +113,10 @@ class AdaptiveDepth:
         self._recent = [PRIOR_ACCEPTANCE] * max_depth
         self._depth: int | None = None
         """The depth in use, but for measurements and trials."""
+        self._regret = 0.0
+        """Seconds that the best other depth would have saved since this one is in use, so far as is known."""
+        self._seconds_a_position: float | None = None
+        """What it takes to read a position that was left unread."""
         self._measuring: tuple[int, int] | None = None
         """A batch size and the depth that is measured for it."""
         self._tries: Counter[tuple[int, int]] = Counter()
@@ -152,23 +159,28 @@ class AdaptiveDepth:
         """Learns the time of drafting `depth` deep for `batch` requests."""
         self._times.record_drafting(_size(batch), depth, seconds)
 
+    def record_catching_up(self, positions: int, seconds: float) -> None:
+        """Learns what it takes to read many positions that were left unread."""
+        self._seconds_a_position = seconds / positions
+
     def record_step(self, tokens: int, seconds: float) -> None:
         """Learns the tokens and the time of a step of requests past their prompts, from the end of the one before."""
         self._clock.record(tokens, seconds)
 
-    def plan(self, batch: int, pure: bool) -> DraftPlan:
+    def plan(self, batch: int, pure: bool, unread: Unread | None = None) -> DraftPlan:
         """What to draft now, called once a step.
 
         Args:
             batch: Requests in the step.
             pure: Whether all of them are past their prompts; nothing is tried out in a step that reads prompts, since
                 its time says nothing.
+            unread: What drafting deeper begins with; not asked for as long as that does not seem to pay.
         """
         if not pure:
-            return DraftPlan(self._best(_size(max(batch, self._running))), batch)
+            return DraftPlan(self._in_use(_size(max(batch, self._running))), batch)
         self._running = batch
         size = _size(batch)
-        best = self._best(size)
+        best = self._choose(size, unread)
         kind = TrialKind(size.bit_length(), drafts=best > 0)
         self._clock.tick(kind)
         if (unmeasured := self._to_measure(size, best)) is not None:
@@ -205,10 +217,10 @@ class AdaptiveDepth:
             max(0.0, self._times.seconds(size, depth) - best_seconds * tokens(depth) / tokens(best))
             for depth in range(self._max_depth + 1)
         ]
-        switches = 2 + (self._max_depth if best else 0)
+        changes = self._trials.up + self._trials.down * (self._max_depth if best else 1)
         # A draft reads all of its weights for however few requests.
         drafts = acceptance_cycles(tried) * max(tried / batch, 0.25) * lost[-1]
-        return drafts + (self._trials.cycles * sum(lost) if best else 0.0) + switches * SWITCH_CYCLES * best_seconds
+        return drafts + (self._trials.cycles * sum(lost) if best else 0.0) + changes * self._times.seconds(size, 0)
 
     def _tried(self, best: int, batch: int) -> int:
         """For how many of `batch` requests a trial drafts where `best` is the depth in use."""
@@ -220,15 +232,36 @@ class AdaptiveDepth:
         self._accepted[index] *= share
         self._verified[index] *= share
 
-    def _best(self, size: int) -> int:
-        """The depth whose tokens come fastest, by what was measured and, where nothing was, by the bytes."""
-        rates = self._rates(size)
-        best = max(range(self._max_depth + 1), key=rates.__getitem__)
-        current = best if self._depth is None else self._depth
-        if rates[best] > rates[current] * (SWITCH_GAIN if best else REST_GAIN):
-            current = best
-        self._depth = current
+    def _in_use(self, size: int) -> int:
+        """The depth in use; at first the one whose tokens come fastest by the bytes."""
+        if self._depth is None:
+            rates = self._rates(size)
+            self._depth = max(range(self._max_depth + 1), key=rates.__getitem__)
+        return self._depth
+
+    def _choose(self, size: int, unread: Unread | None) -> int:
+        """The depth to use from now on.
+
+        Another one takes over as soon as it would have saved what it costs to change: so long as not much is known,
+        and where two are about as good, nothing changes.
+        """
+        current, rates = self._in_use(size), self._rates(size)
+        other = max((depth for depth in range(self._max_depth + 1) if depth != current), key=rates.__getitem__)
+        saved = self._times.seconds(size, current) * (rates[other] / rates[current] - 1)
+        self._regret = max(0.0, self._regret + saved)
+        if saved > 0 and self._regret >= self._price(size, current, other, unread):
+            self._depth, self._regret = other, 0.0
+            return other
         return current
+
+    def _price(self, size: int, current: int, other: int, unread: Unread | None) -> float:
+        """Seconds that it takes to go from a depth to another."""
+        plain = self._times.seconds(size, 0)
+        if other < current:
+            return self._trials.down * plain
+        many = 128
+        a_position = self._seconds_a_position or self._times.seconds(many, 0) / many
+        return self._trials.up * plain + (unread(other) * a_position if unread is not None else 0.0)
 
     def _to_measure(self, size: int, best: int) -> int | None:
         """The next depth to measure for a batch size unlike all before; `None` once the best is known well enough.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from .policy import AdaptiveDepth, DraftPlan, FixedDepth
 from .rows import draft_rows
 from .state import RequestState
 from .statistics import Statistics, step_metrics
+
+MANY_UNREAD = 32
+"""Positions that a request has left unread, on average, from which on the time of a pass is that of reading them."""
 
 
 def outputs_of(contexts: Iterable[TextContext]) -> PipelineOutputsDict[TextGenerationOutput]:
@@ -132,6 +136,12 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
                 model.heads.see(context.tokens.all)
         return state
 
+    def _unread(self, batch: Sequence[TextContext], depth: int) -> int:
+        """Positions of the requests that the first `depth` depths have not read, but for those of a cycle."""
+        states = [(context, self._states.get(context.request_id)) for context in batch]
+        unread = [c.tokens.processed_length - s.first_unread(depth) for c, s in states if s is not None]
+        return sum(positions for positions in unread if positions > MANY_UNREAD)
+
     def _drafts_to_verify(self, context: TextContext, state: RequestState) -> Sequence[int]:
         """The request's drafts, as far as there is room for them before its maximum length."""
         if state.drafts is None or context.tokens.active_length != 1 or not can_verify_drafts(context):
@@ -215,7 +225,9 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
                 self._states.pop(context.request_id, None)
         if not running:
             return
-        plan = self._planned_ahead or self.policy.plan(len(running), pure)
+        plan = self._planned_ahead or self.policy.plan(
+            len(running), pure, partial(self._unread, [batch[i] for i in running])
+        )
         self._planned = plan
         started = time.perf_counter()
         if plan.depth:
@@ -239,6 +251,9 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
             amid_prompt = advance.end + 1 < len(advance.tokens)
             drafts = None if amid_prompt or not depth else Drafts(drafted, places[index], depth)
             states[index].advance(advance.end, depth, own_rows, drafts)
+        caught_up = sum(advance.kept for advance in advances)
+        if caught_up > MANY_UNREAD * len(drafting):
+            self.policy.record_catching_up(caught_up, time.perf_counter() - started)
         measures = pure and plan.num_requests == len(running) and not self._foretells_nothing(batch)
         if plan.depth and measures and rows.max_prompt_length <= 2 * model.depth:
             self.policy.record_drafting(len(running), plan.depth, time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""Trials of depths that are not in use: how they go, and when, by what the last one cost."""
+"""Trials of depths that are not in use: how they go, what changing costs, and when, by what the last one cost."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ DRAFTS = 32
 MOST_CYCLES = 16
 FEWEST_CYCLES = 4
 """A trial of the acceptance drafts at full depth until so many requests' drafts were verified, within bounds."""
-
-SWITCH_CYCLES = 8.0
-"""What it costs to go from one depth to another, in cycles, before it was measured."""
 
 AFTERMATH = 4
 """Cycles after a trial whose time belongs to it."""
@@ -35,14 +32,19 @@ class Trials:
     whole_batch: int = 1
     """... but all of a batch of no more than this."""
 
+    up: float = 1.0
+    down: float = 0.5
+    """What it costs to go to a deeper depth and to a shallower one, in cycles of plain decoding."""
+
     def requests(self, batch: int) -> int:
         """For how many of `batch` requests a trial drafts where nothing is drafted."""
         return batch if batch <= self.whole_batch else max(1, batch // self.share)
 
 
-CYCLE_TRIALS = Trials(cycles=3, whole_batch=16)
+CYCLE_TRIALS = Trials(cycles=3, whole_batch=16, up=7.0, down=2.0)
 """Where batches go through cycles: the first of a depth leads there from another and is not measured; drafts for some
-of the requests alone take a step without, so that small batches do better to draft as a whole."""
+of the requests alone take a step without, so that small batches do better to draft as a whole. Going deeper takes such
+a step, too; the costs are those seen on an H200 at batch 1 to 128."""
 
 
 def acceptance_cycles(requests: int) -> int:
