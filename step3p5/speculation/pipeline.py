@@ -399,12 +399,13 @@ class SpeculativePipeline(SteppingPipeline):
         launched.outcome.wait()
         verified, model, run.launched = time.perf_counter(), self._pipeline_model, None
         seconds = run.seconds_of_cycle(verified)
-        drawn = launched.outcome.result[[place for place, _ in run]]
+        outcome = launched.outcome
+        drawn = outcome.drawn[[place for place, _ in run]]
         if model.heads is not None:
-            model.heads.see(drawn[:, :-1].ravel())
+            model.heads.see(drawn.ravel())
         if following is not None and run.cycle.depth and not run.ends_a_text(drawn):
-            ahead = self._launch_at_once(run, launched.outcome.result[:, -1], following)
-        advanced = self._commit_cycle(run, launched.outcome)
+            ahead = self._launch_at_once(run, outcome.accepted, following)
+        advanced = self._commit_cycle(run, outcome)
         if ahead is not None:
             self._note_ahead(run, ahead)
         if seconds is not None:
@@ -438,13 +439,13 @@ class SpeculativePipeline(SteppingPipeline):
         """Appends what a cycle drew to the requests, and counts acceptance; returns the requests."""
         depth, counts, advanced = run.cycle.depth, [], run.contexts
         gained = np.zeros(run.cycle.batch_size, dtype=np.int64)
-        results = outcome.result.tolist()
+        drawn, accepted_by_place = outcome.drawn.tolist(), outcome.accepted.tolist()
         for place, member in list(run):
             context = member.context
             context.spec_decoding_state.draft_tokens_to_verify = []
             context.spec_decoding_state.maybe_accepted_draft_tokens = []
-            *tokens, accepted = results[place]
-            commit(context, tokens[: accepted + 1])
+            accepted = accepted_by_place[place]
+            commit(context, drawn[place][: accepted + 1])
             gained[place] = accepted + 1
             if depth:
                 counts.append((depth, accepted))

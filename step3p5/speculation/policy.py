@@ -11,6 +11,7 @@ and where nothing is drafted, a few requests for a while to learn their acceptan
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -217,10 +218,11 @@ class AdaptiveDepth:
             max(0.0, self._times.seconds(size, depth) - best_seconds * tokens(depth) / tokens(best))
             for depth in range(self._max_depth + 1)
         ]
-        changes = self._trials.up + self._trials.down * (self._max_depth if best else 1)
-        # A draft reads all of its weights for however few requests.
-        drafts = acceptance_cycles(tried) * max(tried / batch, 0.25) * lost[-1]
-        return drafts + (self._trials.cycles * sum(lost) if best else 0.0) + changes * self._times.seconds(size, 0)
+        plain = self._times.seconds(size, 0)
+        cost = plain * (self._trials.up + self._trials.down * (self._max_depth if best else 1))
+        if best:
+            return cost + self._trials.cycles * sum(lost)
+        return cost + acceptance_cycles(tried) * (lost[-1] if tried == batch else self._trials.beside * plain)
 
     def _tried(self, best: int, batch: int) -> int:
         """For how many of `batch` requests a trial drafts where `best` is the depth in use."""
@@ -251,8 +253,9 @@ class AdaptiveDepth:
         self._regret = max(0.0, self._regret + saved)
         if saved > 0 and self._regret >= self._price(size, current, other, unread):
             self._depth, self._regret = other, 0.0
-            return other
-        return current
+        elif math.isinf(self._regret):
+            self._regret = 0.0
+        return self._in_use(size)
 
     def _price(self, size: int, current: int, other: int, unread: Unread | None) -> float:
         """Seconds that it takes to go from a depth to another."""
@@ -272,7 +275,10 @@ class AdaptiveDepth:
             rates = self._rates(size)
             doubtful = [depth for depth in range(self._max_depth, 0, -1) if rates[depth] * DOUBT > rates[best]]
             unknown = (depth for depth in (best, 0, *doubtful) if not self._times.is_known(size, depth))
+            before = self._measuring
             self._measuring = next(((size, depth) for depth in unknown if self._may_measure(size, depth)), None)
+            if before is not None and self._measuring is None:
+                self._regret = math.inf  # from the last one measured it is as far to any
         if self._measuring is None:
             return None
         self._tries[self._measuring] += 1

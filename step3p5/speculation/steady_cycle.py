@@ -111,8 +111,11 @@ class Outcome:
     ready: DeviceEvent | None
     """`None` where it is there already."""
 
-    result: Int64
-    """Of each request the drawn tokens and how many of its drafts they accept, `[batch, d + 2]`."""
+    drawn: Int64
+    """What was drawn for each request, `[batch, d + 1]`."""
+
+    accepted: Int64
+    """How many drafts of each request that accepts, `[batch]`."""
 
     hidden: npt.NDArray[Any] | None
     """The hidden states `[batch, d + 1, hidden_size]`; `None` where no depth rests that will want them."""
@@ -294,20 +297,28 @@ class SteadyCycle:
         return self.batch_size, self.depth
 
     def _read(self, result: Buffer, hidden: Buffer) -> Outcome:
-        """Brings to the host what it reads of a cycle."""
+        """Brings to the host what it reads of a cycle.
+
+        Args:
+            result: Of each request what was drawn, and how many of its drafts that accepts if it had any.
+            hidden: The hidden states of what was verified.
+        """
         shape = (self.batch_size, self.depth + 1, self._graphs.hidden_size)
+        ready, states = None, None
         if not self._to_host:
-            states = rows_to_host(hidden).reshape(shape) if self.leaves_rows else None
-            return Outcome(None, result.to_numpy(), states)
-        to_result, to_hidden = self._to_host[self._cycles % len(self._to_host)]
-        to_result.inplace_copy_from(result)
-        if to_hidden is not None:
-            to_hidden.inplace_copy_from(hidden)
-        return Outcome(
-            self._device.default_queue.record_event(),
-            to_result.to_numpy(),
-            None if to_hidden is None else rows_to_host(to_hidden).reshape(shape),
-        )
+            on_host = result.to_numpy()
+            if self.leaves_rows:
+                states = rows_to_host(hidden).reshape(shape)
+        else:
+            to_result, to_hidden = self._to_host[self._cycles % len(self._to_host)]
+            to_result.inplace_copy_from(result)
+            on_host = to_result.to_numpy()
+            if to_hidden is not None:
+                to_hidden.inplace_copy_from(hidden)
+                states = rows_to_host(to_hidden).reshape(shape)
+            ready = self._device.default_queue.record_event()
+        accepted = on_host[:, -1] if self.depth else np.zeros(self.batch_size, dtype=np.int64)
+        return Outcome(ready, on_host[:, : self.depth + 1], accepted, states)
 
     def _draft_cache(self, kind: str, cache: Cache, cache_lengths: Buffer) -> Cache:
         """The cache of `kind` as the depths see it."""

@@ -130,11 +130,11 @@ class SteadyRun:
         is_too_large = padded_size(len(self), self.cycle.batch_size) < self.cycle.batch_size
         self._cycles_too_large = self._cycles_too_large + 1 if is_too_large else 0
 
-    def ends_a_text(self, result: Int64) -> bool:
+    def ends_a_text(self, drawn: Int64) -> bool:
         """Whether a request may end with what a cycle drew, drafts that were not accepted included."""
         if self._end_tokens is None:
             return True  # some text ends with a sequence of several tokens
-        return bool(np.isin(result[:, :-1], self._end_tokens).any())
+        return bool(np.isin(drawn, self._end_tokens).any())
 
     def lengths_after(self, accepted: Int64) -> Int64:
         """Positions in the cache of what is at each place, after a cycle.

@@ -36,12 +36,15 @@ class Trials:
     down: float = 0.5
     """What it costs to go to a deeper depth and to a shallower one, in cycles of plain decoding."""
 
+    beside: float = 0.25
+    """What it costs a cycle of plain decoding when a few of its requests draft, in such cycles."""
+
     def requests(self, batch: int) -> int:
         """For how many of `batch` requests a trial drafts where nothing is drafted."""
         return batch if batch <= self.whole_batch else max(1, batch // self.share)
 
 
-CYCLE_TRIALS = Trials(cycles=3, whole_batch=16, up=7.0, down=2.0)
+CYCLE_TRIALS = Trials(cycles=3, share=8, whole_batch=16, up=7.0, down=2.0, beside=2.0)
 """Where batches go through cycles: the first of a depth leads there from another and is not measured; drafts for some
 of the requests alone take a step without, so that small batches do better to draft as a whole. Going deeper takes such
 a step, too; the costs are those seen on an H200 at batch 1 to 128."""
