@@ -132,12 +132,12 @@ def test_any_batches_give_the_same_tokens(
     pipeline: Any = drafting.pipeline
     monkeypatch.setattr(pipeline, "policy", FixedDepth([(1, 8, depth)], DEPTH))
     monkeypatch.setattr(pipeline._pipeline_model, "stays_on_device", stays_on_device)
-    prompts, lengths = prompts_of(rng, 5, 60, 120, 30, 9, 250), (90, 130, 40, 150, 130, 25)
+    prompts, lengths = prompts_of(rng, 5, 60, 120, 30, 9, 250, 7, 40), (90, 130, 40, 150, 130, 25, 60, 80)
     want = generate(drafting, [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)])
     contexts = [request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
-    waiting, hung_up, steps_ahead = contexts[2:], contexts[4], 0
+    waiting, hung_up, steps_ahead = contexts[5:], contexts[4], 0
     with Scheduler(pipeline) as scheduler:
-        for context in contexts[:2]:
+        for context in contexts[:5]:
             scheduler.join(context)
         while scheduler.live or waiting:
             if waiting and rng.random() < 0.1:
@@ -147,14 +147,14 @@ def test_any_batches_give_the_same_tokens(
             if scheduler.runs(hung_up) and len(scheduler.of(hung_up)) > 40:
                 scheduler.leave(hung_up)
             prompts_alone = [context for context in scheduler.live if not context.tokens.generated_length]
-            batch = [context for context in scheduler.live if rng.random() < 0.88]
+            batch = [context for context in scheduler.live if rng.random() < 0.96]
             if prompts_alone and rng.random() < 0.5:
                 batch = prompts_alone
             if batch:
                 scheduler.step(batch)
                 steps_ahead += scheduler.is_ahead
-        assert scheduler.left > 2
-        assert scheduler.joined > 1
+        assert scheduler.left > 0
+        assert scheduler.joined > 0
         assert steps_ahead > 2 * scheduler.left
         for context, tokens in zip(contexts, want, strict=True):
             found = scheduler.of(context)
@@ -166,7 +166,7 @@ def test_a_request_can_end_in_a_cycle_that_was_launched_for_another_batch(
 ) -> None:
     """Its end is told in the step of the others, and it is not computed again."""
     prompts, ended_ahead = prompts_of(rng, 20, 33), 0
-    for new_tokens in range(9, 9 + 3 * (DEPTH + 1)):
+    for new_tokens in range(9, 9 + 6 * (DEPTH + 1)):
         want = generate(drafting, [request(prompts[0], new_tokens), request(prompts[1], 80)])
         short, long = request(prompts[0], new_tokens), request(prompts[1], 80)
         with Scheduler(drafting.pipeline) as scheduler:

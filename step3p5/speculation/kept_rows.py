@@ -53,6 +53,10 @@ class DeviceRows(_Span):
     kept: KeptRows
 
 
+BLOCK = 64
+"""Cycles whose rows are stored in one piece: new memory is dear in small pieces."""
+
+
 class CycleRows:
     """What cycles that do not draft at full depth leave for the depths that rest, on the host, cycle by cycle.
 
@@ -68,6 +72,8 @@ class CycleRows:
         self._stored = np.zeros(places, dtype=np.int64)
         self._spare = np.zeros(places, dtype=np.int64)
         """How many of a place's stored rows, the oldest ones, nobody wants."""
+        self._block: npt.NDArray[Any] | None = None
+        self._used = 0
 
     def __len__(self) -> int:
         """Cycles of which rows are stored."""
@@ -78,11 +84,13 @@ class CycleRows:
         self._spare[place] = self._stored[place]
 
     def add(self, hidden: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> None:
-        """Takes a cycle's hidden states `[places, rows, hidden_size]`, of which the first `counts [places]` count.
-
-        They are not copied.
-        """
-        self._hidden.append(hidden)
+        """Copies a cycle's hidden states `[places, rows, hidden_size]`, of which the first `counts [places]` count."""
+        if self._block is None or self._used == BLOCK:
+            self._block, self._used = np.empty((BLOCK, *hidden.shape), dtype=hidden.dtype), 0
+        rows = self._block[self._used]
+        rows[:] = hidden
+        self._used += 1
+        self._hidden.append(rows)
         self._counts.append(counts)
         self._stored = self._stored + counts
         while self._hidden and self._is_spare(self._counts[0]):

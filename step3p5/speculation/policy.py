@@ -187,7 +187,7 @@ class AdaptiveDepth:
         if (unmeasured := self._to_measure(size, best)) is not None:
             return DraftPlan(unmeasured, batch)
         tried = self._tried(best, batch)
-        if self._clock.is_due(kind, self._expected_cost(size, best, tried, batch)):
+        if self._clock.may_begin and self._clock.is_due(kind, self._expected_cost(size, best, tried / batch, unread)):
             self._clock.begin(kind, self._rates(size)[best] * batch)
             self._acceptance_cycles = acceptance_cycles(tried) if best < self._max_depth else 0
             for index in range(self._max_depth):
@@ -207,8 +207,8 @@ class AdaptiveDepth:
             self._clock.end()
         return DraftPlan(best, batch)
 
-    def _expected_cost(self, size: int, best: int, tried: int, batch: int) -> float:
-        """Seconds that a trial costs by what is known of the depths, where `tried` of `batch` requests draft in it."""
+    def _expected_cost(self, size: int, best: int, share: float, unread: Unread | None) -> float:
+        """Seconds that a trial costs by what is known of the depths, where `share` of the requests draft in it."""
         acceptance, best_seconds = self.acceptance, self._times.seconds(size, best)
 
         def tokens(depth: int) -> float:
@@ -222,7 +222,9 @@ class AdaptiveDepth:
         cost = plain * (self._trials.up + self._trials.down * (self._max_depth if best else 1))
         if best:
             return cost + self._trials.cycles * sum(lost)
-        return cost + acceptance_cycles(tried) * (lost[-1] if tried == batch else self._trials.beside * plain)
+        a_cycle = lost[-1] if share == 1 else self._trials.beside * plain
+        cycles = acceptance_cycles(round(share * size))
+        return cost + cycles * a_cycle + share * self._catching_up(self._max_depth, unread)
 
     def _tried(self, best: int, batch: int) -> int:
         """For how many of `batch` requests a trial drafts where `best` is the depth in use."""
@@ -249,22 +251,26 @@ class AdaptiveDepth:
         """
         current, rates = self._in_use(size), self._rates(size)
         other = max((depth for depth in range(self._max_depth + 1) if depth != current), key=rates.__getitem__)
+        plain = self._times.seconds(size, 0)
         saved = self._times.seconds(size, current) * (rates[other] / rates[current] - 1)
-        self._regret = max(0.0, self._regret + saved)
-        if saved > 0 and self._regret >= self._price(size, current, other, unread):
-            self._depth, self._regret = other, 0.0
-        elif math.isinf(self._regret):
+        if saved <= 0 and math.isinf(self._regret):
             self._regret = 0.0
+        self._regret = max(0.0, self._regret + saved)
+        price = plain * (self._trials.down if other < current else self._trials.up)
+        if saved > 0 and self._regret >= price:
+            # Only now is it worth to count what is unread.
+            price += self._catching_up(other, unread) if other > current else 0.0
+            if self._regret >= price:
+                self._depth, self._regret = other, 0.0
         return self._in_use(size)
 
-    def _price(self, size: int, current: int, other: int, unread: Unread | None) -> float:
-        """Seconds that it takes to go from a depth to another."""
-        plain = self._times.seconds(size, 0)
-        if other < current:
-            return self._trials.down * plain
+    def _catching_up(self, depth: int, unread: Unread | None) -> float:
+        """Seconds that it takes before all requests can draft so deep."""
+        if unread is None:
+            return 0.0
         many = 128
         a_position = self._seconds_a_position or self._times.seconds(many, 0) / many
-        return self._trials.up * plain + (unread(other) * a_position if unread is not None else 0.0)
+        return unread(depth) * a_position
 
     def _to_measure(self, size: int, best: int) -> int | None:
         """The next depth to measure for a batch size unlike all before; `None` once the best is known well enough.

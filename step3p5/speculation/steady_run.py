@@ -126,7 +126,7 @@ class SteadyRun:
             counts: Tokens that each place gained, `[places]`; 0 where nobody is.
         """
         if hidden is not None:
-            self.rows.add(hidden.copy(), counts)
+            self.rows.add(hidden, counts)
         is_too_large = padded_size(len(self), self.cycle.batch_size) < self.cycle.batch_size
         self._cycles_too_large = self._cycles_too_large + 1 if is_too_large else 0
 

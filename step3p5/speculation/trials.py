@@ -30,7 +30,10 @@ class Trials:
     """A trial while nothing is drafted takes one request in so many, ..."""
 
     whole_batch: int = 1
-    """... but all of a batch of no more than this."""
+    """... but all of a batch of no more than this, ..."""
+
+    fewest: int = 1
+    """... and no fewer than so many."""
 
     up: float = 1.0
     down: float = 0.5
@@ -41,10 +44,10 @@ class Trials:
 
     def requests(self, batch: int) -> int:
         """For how many of `batch` requests a trial drafts where nothing is drafted."""
-        return batch if batch <= self.whole_batch else max(1, batch // self.share)
+        return batch if batch <= self.whole_batch else max(self.fewest, batch // self.share)
 
 
-CYCLE_TRIALS = Trials(cycles=3, share=8, whole_batch=16, up=7.0, down=2.0, beside=2.0)
+CYCLE_TRIALS = Trials(cycles=3, whole_batch=16, fewest=4, up=7.0, down=2.0, beside=2.0)
 """Where batches go through cycles: the first of a depth leads there from another and is not measured; drafts for some
 of the requests alone take a step without, so that small batches do better to draft as a whole. Going deeper takes such
 a step, too; the costs are those seen on an H200 at batch 1 to 128."""
@@ -92,6 +95,11 @@ class TrialClock:
     def _rest(self) -> None:
         self.phase, self._cycles_since, self._seconds_since = None, 0, 0.0
 
+    @property
+    def may_begin(self) -> bool:
+        """Whether a trial may begin if it costs little enough."""
+        return self.phase is None and self._cycles_since >= PERIOD
+
     def is_due(self, kind: TrialKind, expected_cost: float) -> bool:
         """Whether a trial may begin.
 
@@ -99,8 +107,7 @@ class TrialClock:
             kind: What it would be.
             expected_cost: Seconds, for a kind of which there has been none.
         """
-        cost = self._costs.get(kind, expected_cost)
-        return self.phase is None and self._cycles_since >= PERIOD and self._seconds_since * COST >= cost
+        return self.may_begin and self._seconds_since * COST >= self._costs.get(kind, expected_cost)
 
     def begin(self, kind: TrialKind, rate: float) -> None:
         """A trial begins, where the depth in use gives `rate` tokens a second."""
