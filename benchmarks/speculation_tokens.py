@@ -25,6 +25,8 @@ from speculation_run import Settings, greedy_requests, random_prompts
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.layer_config import ModelConfig
 from step3p5.speculation.policy import FixedDepth
+from step3p5.speculation.steady_cycle import Outcome, SteadyCycle
+from step3p5.speculation.steady_run import SteadyRun
 
 _FRACTION_BITS = {CheckpointDtype.BFLOAT16: 7, CheckpointDtype.FLOAT32: 23}
 
@@ -156,7 +158,7 @@ def recorded_logits(pipeline: Any) -> Iterator[dict[tuple[int, int], TopTwo]]:
     numbers: dict[RequestID, int] = {}
 
     def keep(contexts: Sequence[Any], num_drafts: Sequence[int], logits: Any) -> None:
-        rows = np.array(logits.to_numpy())
+        rows = np.array(logits)
         start = 0
         for context, drafts in zip(contexts, num_drafts, strict=True):
             number = numbers.setdefault(context.request_id, len(numbers))
@@ -167,26 +169,48 @@ def recorded_logits(pipeline: Any) -> Iterator[dict[tuple[int, int], TopTwo]]:
     def in_step(original: Callable[..., Any]) -> Callable[..., Any]:
         def verify(contexts: Any, drafts: Any, *rest: Any) -> Any:
             results = original(contexts, drafts, *rest)
-            keep(contexts, [len(own) for own in drafts], results[0])
+            keep(contexts, [len(own) for own in drafts], results[0].to_numpy())
             return results
 
         return verify
 
-    def in_cycle(original: Callable[..., Any]) -> Callable[..., Any]:
+    def in_graph(original: Callable[..., Any]) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
             results = original(*inputs)
-            batch = pipeline._run.batch  # what fills it up follows
-            keep(batch, [model.depth] * len(batch), results[0])
+            last[:] = results[:1]  # one may call the other
             return results
 
         return run
 
+    def in_launch(original: Callable[..., Outcome]) -> Callable[..., Outcome]:
+        def launch(cycle: SteadyCycle, *rest: Any) -> Outcome:
+            outcome = original(cycle, *rest)
+            logits = np.array(last.pop().to_numpy())
+            of_cycles[id(outcome)] = outcome, logits.reshape(cycle.batch_size, cycle.depth + 1, -1)
+            return outcome
+
+        return launch
+
+    def in_commit(original: Callable[..., Any]) -> Callable[..., Any]:
+        def commit(run: SteadyRun, outcome: Outcome) -> Any:
+            _, logits = of_cycles.pop(id(outcome))
+            for place, member in run:
+                keep([member.context], [run.cycle.depth], logits[place])
+            return original(run, outcome)
+
+        return commit
+
+    # A cycle may be launched before the tokens of the one before are known: its logits wait until it is their turn.
+    last: list[Any] = []
+    of_cycles: dict[int, tuple[Outcome, npt.NDArray[np.float32]]] = {}
     with ExitStack() as patches:
         patches.enter_context(patch.object(model, "verify", in_step(model.verify)))
         if pipeline.cycles is not None:
             graph = pipeline.cycles.graphs.verify
             for name in ("run", "execute"):
-                patches.enter_context(patch.object(graph, name, in_cycle(getattr(graph, name))))
+                patches.enter_context(patch.object(graph, name, in_graph(getattr(graph, name))))
+            patches.enter_context(patch.object(SteadyCycle, "launch", in_launch(SteadyCycle.launch)))
+            patches.enter_context(patch.object(pipeline, "_commit_cycle", in_commit(pipeline._commit_cycle)))
         yield seen
 
 

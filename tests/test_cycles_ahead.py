@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,10 @@ from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.speculation.policy import FixedDepth
 from step3p5.speculation.steady_cycle import Outcome, SteadyCycle
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from speculation_tokens import recorded_logits
 
 DEPTH = 3
 
@@ -260,6 +266,26 @@ def test_without_drafts_a_cycle_is_launched_before_the_one_before_has_ended(
         assert in_flight[1:] == [True] * (len(in_flight) - 1)
         scheduler.finish()
         assert [scheduler.of(context) for context in contexts] == want
+
+
+@pytest.mark.parametrize("depth", [0, DEPTH])
+def test_the_benchmark_sees_the_logits_of_every_token(
+    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    """Those of tokens whose cycle was launched before the ones in front of them were known, too."""
+    pipeline: Any = drafting.pipeline
+    monkeypatch.setattr(pipeline, "policy", FixedDepth([(1, 8, depth)], DEPTH))
+    monkeypatch.setattr(pipeline._pipeline_model, "stays_on_device", True)
+    contexts = [
+        request(prompt, length) for prompt, length in zip(prompts_of(rng, 20, 33, 7), (40, 60, 80), strict=True)
+    ]
+    with Scheduler(pipeline) as scheduler, recorded_logits(pipeline) as seen:
+        for context in contexts:
+            scheduler.join(context)
+        scheduler.finish()
+    for number, context in enumerate(contexts):
+        for at, token in enumerate(scheduler.of(context)):
+            assert seen[number, at].tokens[0] == token
 
 
 def test_without_room_in_the_cache_nothing_is_launched_ahead(
