@@ -40,9 +40,8 @@ test: lint
 	$(BIN)/python -m pytest
 
 # The graph for several devices: run on the CPU, compiled for GPUs of each kind, no GPU needed; long speculated answers.
-# A line a case, its seconds at the end. Processor seconds, all three modes, of which two cores alone take two thirds:
-# for 2 GPUs MI300X 221, B200 661; for 8 MI300X 489, Hopper at most 1170, B200 over 2400 (and 12 GB of memory); on the CPU
-# 300.
+# A line a case, its seconds at the end. On 2 cores 50 minutes in all, of which the CPU runs take 10 and each kind and
+# number of GPUs 3 (MI300X) to 11.
 test-long: $(VENV)/test-installed
 	STEP3P5_LONG_TESTS=1 $(BIN)/python -m pytest --verbose --durations=0 \
 		tests/test_parallel_graph.py tests/test_gpu_compile_long.py tests/test_speculation_long.py

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -27,35 +26,12 @@ from .policy import DraftPlan
 from .rows import Int64
 from .steady_cycle import Caches, Outcome, Sampler, Start, SteadyCycles
 from .steady_run import Launched, Member, SteadyRun
+from .step_plan import StepPlan
 from .stepping import SteppingPipeline, is_running, outputs_of
 from .trials import CYCLE_TRIALS
 
 Joining: TypeAlias = dict[RequestID, tuple[Member, Start]]
 """Requests that can join a run, and where they stand."""
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What the policy said for a step of `requests` requests that decode: `drafting` of them draft `depth` deep."""
-
-    depth: int
-    drafting: int
-    requests: int
-
-    @classmethod
-    def of(cls, plan: DraftPlan, requests: int) -> StepPlan:
-        """The policy's `plan` for so many."""
-        return cls(plan.depth, min(plan.num_requests, requests), requests)
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether some draft and the others do not."""
-        return self.drafting < self.requests
-
-    @property
-    def run_depth(self) -> int:
-        """How deep those draft that go through cycles: in a trial, the ones that do not draft."""
-        return 0 if self.is_trial else self.depth
 
 
 class SpeculativePipeline(SteppingPipeline):
