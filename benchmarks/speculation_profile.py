@@ -40,7 +40,7 @@ from transformers import AutoConfig
 from step3p5.pretrained_config import as_step3p5_config
 from step3p5.speculation.policy import FixedDepth, tokens_per_cycle
 from step3p5.speculation.statistics import Statistics
-from step3p5.speculation.steady_cycle import SteadyCycle
+from step3p5.speculation.steady_cycle import Outcome, SteadyCycle
 
 SKIPPED_CYCLES = 6
 """Cycles before those that are looked at: the first ones draft anew, and capture graphs."""
@@ -108,7 +108,7 @@ def watched_calls(pipeline: Any) -> list[tuple[str, Any, str]]:
         ("wait for the tokens", FusedSamplingProcessor, "get_new_tokens_numpy"),
         ("commit", pipeline, "_commit"),
         ("a whole cycle: launch", SteadyCycle, "launch"),
-        ("wait for the tokens", pipeline, "_wait"),
+        ("wait for the tokens", Outcome, "wait"),
         ("commit", pipeline, "_commit_cycle"),
         ("draft: bookkeeping", pipeline, "_draft"),
         ("draft: launch", model, "draft"),

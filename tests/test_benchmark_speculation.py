@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from max.pipelines.kv_cache import PagedKVCacheManager
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -20,6 +21,7 @@ import report
 import speculation
 import speculation_moving
 from speculation_moving import MovingReport, Phase, PhaseResult, moving_phases
+from speculation_profile import watched_calls
 from speculation_run import Case
 from speculation_tokens import TopTwo, compare, top_two
 
@@ -28,6 +30,8 @@ from step3p5.config_parser import parse_model_config
 from step3p5.random_checkpoint.hub_config import hub_config
 from step3p5.random_checkpoint.presets import PRESETS
 from step3p5.speculation.draft_vocabulary import SIZE_VARIABLE
+from step3p5.speculation.model import SpeculativeStep3p5Model
+from step3p5.speculation.pipeline import SpeculativePipeline
 from step3p5.speculation.policy import FixedDepth
 from step3p5.speculation.statistics import Statistics
 
@@ -50,6 +54,15 @@ def test_a_draft_vocabulary_of_an_eighth_allows_more(monkeypatch: pytest.MonkeyP
 
 def test_drafts_that_are_never_right_only_cost() -> None:
     assert speculation.predicted_speedup(FLASH_6, 1, [0.0], BF16) < 0.9
+
+
+def test_the_profile_watches_what_the_pipeline_has() -> None:
+    class Pipeline(SpeculativePipeline):
+        _pipeline_model: Any = SpeculativeStep3p5Model
+        _kv_manager: Any = PagedKVCacheManager
+
+    missing = [(owner, name) for _, owner, name in watched_calls(Pipeline) if not callable(getattr(owner, name, None))]
+    assert not missing
 
 
 def test_a_case_is_compared_with_the_plain_pipeline_round_by_round() -> None:

@@ -34,6 +34,12 @@ Joining: TypeAlias = dict[RequestID, tuple[Member, Start]]
 """Requests that can join a run, and where they stand."""
 
 
+def forget_drafts(context: TextContext) -> None:
+    """Takes back what a cycle on its way had the cache make room for."""
+    context.spec_decoding_state.draft_tokens_to_verify = []
+    context.spec_decoding_state.maybe_accepted_draft_tokens = []
+
+
 class SpeculativePipeline(SteppingPipeline):
     """A pipeline whose requests go through a `SteadyCycle` a step where all that they do is decode.
 
@@ -100,7 +106,7 @@ class SpeculativePipeline(SteppingPipeline):
             return
         for place, member in list(run):
             if self._states.get(member.context.request_id) is not member.state or not member.stands_still:
-                run.leave(place)
+                forget_drafts(run.leave(place).context)
         if not len(run):
             self._run = None
 
@@ -418,8 +424,7 @@ class SpeculativePipeline(SteppingPipeline):
         drawn, accepted_by_place = outcome.drawn.tolist(), outcome.accepted.tolist()
         for place, member in list(run):
             context = member.context
-            context.spec_decoding_state.draft_tokens_to_verify = []
-            context.spec_decoding_state.maybe_accepted_draft_tokens = []
+            forget_drafts(context)
             accepted = accepted_by_place[place]
             commit(context, drawn[place][: accepted + 1])
             gained[place] = accepted + 1
