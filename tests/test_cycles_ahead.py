@@ -104,6 +104,9 @@ class Scheduler:
         self.left += decodes and not before <= {context.request_id for context in batch}
         outputs = self.pipeline.execute(TextGenerationInputs(batches=[list(batch)]))
         self.joined += len(self.running_ahead - before) if self.running_ahead & before else 0
+        if (run := self.pipeline._run) is not None:
+            free = [place for place, member in enumerate(run.places) if member is None]
+            assert not any(map(len, run.rows.of(free)))  # what nobody wants would be kept for good
         for context in self.live:
             if (output := outputs.get(context.request_id)) is not None:
                 self.generated[str(context.request_id)] += [int(token) for token in output.tokens]

@@ -427,12 +427,13 @@ class SpeculativePipeline(SteppingPipeline):
             forget_drafts(context)
             accepted = accepted_by_place[place]
             commit(context, drawn[place][: accepted + 1])
-            gained[place] = accepted + 1
             if depth:
                 counts.append((depth, accepted))
             if context.is_done:
                 self._states.pop(context.request_id, None)
                 run.leave(place)
+            else:
+                gained[place] = accepted + 1
             member.end = context.tokens.processed_length
         run.end_cycle(outcome.hidden, gained)
         self._count_acceptance(counts)
