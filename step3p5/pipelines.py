@@ -23,6 +23,7 @@ from max.pipelines.sampling.sampling_logits_processor import _to_pinned_host_buf
 from max.pipelines.sampling.seeds import request_row_seed
 from typing_extensions import override
 
+from .cache_inputs import shorten
 from .model import Step3p5Model
 from .steady_batch import SteadyPipeline, in_same_order, is_constrained, same_requests, takes_the_best
 
@@ -95,6 +96,7 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        shorten(self._kv_manager)
         own: Any = self._realize_future_token_processor
         self._realize_future_token_processor: Any = None if own is None else FutureTokens(own)
         model, sampling = self._pipeline_model, self._pipeline_config.sampling

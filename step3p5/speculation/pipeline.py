@@ -17,6 +17,7 @@ from max.pipelines.modeling.types import PipelineOutputsDict, RequestID
 from max.support.algorithm import flatten2d
 from typing_extensions import override
 
+from ..cache_inputs import shorten
 from ..steady_batch import takes_the_best
 from .acceptance import can_verify_drafts, commit
 from .drafted import Drafts
@@ -51,6 +52,7 @@ class SpeculativePipeline(SteppingPipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        shorten(self._kv_manager)
         model = self._pipeline_model
         self.cycles: SteadyCycles | None = None
         self._run: SteadyRun | None = None

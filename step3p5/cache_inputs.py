@@ -1,0 +1,187 @@
+"""What a step takes from the cache, with less to do than MAX has where requests decode.
+
+MAX writes all pages of all requests anew at each step, in Python, request by request. But a request that decodes gets
+another page once in a page's worth of tokens. Here a step writes what differs from the step before, and the lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from max.driver import Buffer
+from max.nn.kv_cache import BatchCharacteristics, KVCacheInputs
+from max.pipelines.context import TextContext
+from max.pipelines.kv_cache.paged_kv_cache.jenga_cache_manager import JengaKVCacheManager
+from max.support.math import ceildiv
+
+CACHE_LENGTHS = "kv_cache_lengths"
+"""MAX's name of the lengths among what it sends to a device."""
+
+Batches: TypeAlias = Sequence[Sequence[TextContext]]
+"""Requests by replica."""
+
+Shape: TypeAlias = tuple[tuple[int, ...], int, BatchCharacteristics]
+"""What the shapes of a step's inputs depend on: requests of each replica, and what MAX is told of their lengths."""
+
+
+@dataclass(eq=False)
+class _Replica:
+    """What the devices of a replica have of the last step's requests."""
+
+    covered: npt.NDArray[np.int64]
+    """Positions of each request that its pages in the tables have room for."""
+
+    tables: dict[str, npt.NDArray[np.uint32]]
+    """The pages of each request, `[requests, pages]`; 0 where it has none."""
+
+    seen: list[list[Any]]
+    """By table, MAX's list of each request's pages. Another request has another one, and MAX makes a new one where it
+    changes a page."""
+
+    @classmethod
+    def of(cls, requests: int, tables: dict[str, npt.NDArray[np.uint32]]) -> _Replica:
+        """Nothing is there of so many requests."""
+        return cls(np.zeros(requests, dtype=np.int64), tables, [[None] * requests for _ in tables])
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How far requests that decode get in a step."""
+
+    lengths: npt.NDArray[np.int64]
+    """Positions in the cache, `[requests]`; with drafts on their way, the most that it can be."""
+
+    widest: int
+    """The most tokens that a request reads."""
+
+    ends: npt.NDArray[np.int64]
+    """One past the last position that each may write, `[requests]`."""
+
+    @classmethod
+    def of(cls, batch: Sequence[TextContext], written_ahead: int) -> _Reach | None:
+        """The reach of `batch`, which writes `written_ahead` positions for drafts; `None` if a prompt is among it."""
+        tokens = [context.tokens for context in batch]
+        if any(own.active_length != 1 for own in tokens):
+            return None
+        states = [context.spec_decoding_state for context in batch]
+        lengths = np.array([own.processed_length for own in tokens], dtype=np.int64)
+        lengths += np.array([len(state.maybe_accepted_draft_tokens) for state in states], dtype=np.int64)
+        widths = 1 + np.array([len(state.draft_tokens_to_verify) for state in states], dtype=np.int64)
+        return cls(lengths, int(widths.max(initial=0)), lengths + widths + written_ahead)
+
+
+class CacheInputs:
+    """A cache manager's `runtime_inputs`, with a short way for a batch of the shape of the one before.
+
+    The short way is for decoding whose greatest lengths are given, as they are where graphs are captured.
+
+    Args:
+        manager: The cache.
+    """
+
+    def __init__(self, manager: JengaKVCacheManager) -> None:
+        self._manager = manager
+        self._prepare = manager.runtime_inputs
+        self._leaves = list(manager.groups)
+        self._shape: Shape | None = None
+        self._inputs: KVCacheInputs[Buffer, Buffer] | None = None
+        self._replicas: list[_Replica] = []
+
+    def __call__(
+        self,
+        batches: Batches,
+        *,
+        max_cache_length: int | None = None,
+        batch_characteristics: BatchCharacteristics | None = None,
+    ) -> KVCacheInputs[Buffer, Buffer]:
+        """The cache as a step of `batches` takes it: see `PagedKVCacheManagerInterface.runtime_inputs`."""
+        reaches = None
+        if max_cache_length is not None and batch_characteristics is not None:
+            reaches = self._reaches(batches, batch_characteristics)
+        if reaches is None or max_cache_length is None or batch_characteristics is None:
+            self._shape = None
+            return self._prepare(
+                batches, max_cache_length=max_cache_length, batch_characteristics=batch_characteristics
+            )
+        shape = tuple(map(len, batches)), max_cache_length, batch_characteristics
+        if shape == self._shape and self._inputs is not None:
+            for replica_idx in range(len(batches)):
+                self._manager.offload(replica_idx)
+            self._write(batches, reaches)
+            return self._inputs
+        self._shape = None
+        self._inputs = self._prepare(
+            batches, max_cache_length=max_cache_length, batch_characteristics=batch_characteristics
+        )
+        pages = ceildiv(max_cache_length, self._manager.params.page_size)
+        self._replicas = [_Replica.of(len(batch), self._tables(len(batch), pages)) for batch in batches]
+        for replica, batch, reach in zip(self._replicas, batches, reaches, strict=True):
+            self._update(replica, batch, reach)
+        self._shape = shape
+        return self._inputs
+
+    def _tables(self, requests: int, pages: int) -> dict[str, npt.NDArray[np.uint32]]:
+        """A table for each kind of attention, as wide as MAX makes them."""
+        leaves = self._manager.params.leaves()
+        shapes = {name: leaves[name].staged_input_shapes(requests, pages)[name][0] for name in self._leaves}
+        return {name: np.zeros(shape, dtype=np.uint32) for name, shape in shapes.items()}
+
+    def _reaches(self, batches: Batches, most: BatchCharacteristics) -> list[_Reach] | None:
+        """How far the requests get; `None` if one does not decode, or MAX is to refuse the batch."""
+        written_ahead = self._manager.params.num_draft_tokens
+        reaches = []
+        for batch in batches:
+            reach = _Reach.of(batch, written_ahead)
+            if (
+                reach is None
+                or reach.widest > most.max_prompt_length
+                or reach.ends.max(initial=0) > most.max_cache_valid_length
+                or len(batch) > most.batch_size
+            ):
+                return None
+            reaches.append(reach)
+        return reaches
+
+    def _write(self, batches: Batches, reaches: Sequence[_Reach]) -> None:
+        """Sends the lengths, and the tables that differ from what the devices have."""
+        with self._manager._stager.stage() as staging:
+            for replica_idx, (batch, reach) in enumerate(zip(batches, reaches, strict=True)):
+                host, _ = staging.get(f"{replica_idx}/{CACHE_LENGTHS}", (len(batch),))
+                host.to_numpy()[:] = reach.lengths
+                replica = self._replicas[replica_idx]
+                if self._update(replica, batch, reach):
+                    for leaf, table in replica.tables.items():
+                        host, _ = staging.get(f"{replica_idx}/{leaf}", table.shape)
+                        host.to_numpy()[:] = table
+
+    def _update(self, replica: _Replica, batch: Sequence[TextContext], reach: _Reach) -> bool:
+        """Brings a replica's tables up to date; whether there was anything to do."""
+        groups: Mapping[str, Any] = self._manager.groups
+        ids = [context.request_id for context in batch]
+        now = [list(map(groups[leaf]._bids.get, ids)) for leaf in self._leaves]
+        changed = reach.ends > replica.covered
+        for before_pages, pages in zip(replica.seen, now, strict=True):
+            for place, (one, other) in enumerate(zip(before_pages, pages, strict=True)):
+                if one is not other or other is None:
+                    changed[place] = True
+        places = np.flatnonzero(changed).tolist()
+        for place in places:
+            context = batch[place]
+            required = [self._manager._num_required_blocks(context)]
+            for leaf, table, seen in zip(self._leaves, replica.tables.values(), replica.seen, strict=True):
+                (pages_of,) = groups[leaf].forward_blocks([context], required)[leaf]
+                table[place] = 0
+                table[place, : len(pages_of)] = pages_of
+                seen[place] = groups[leaf]._bids[context.request_id]
+            replica.covered[place] = required[0] * self._manager.params.page_size
+        return bool(places)
+
+
+def shorten(manager: Any) -> None:
+    """Gives a cache manager the short way, if it is of the kind that has one for each kind of attention."""
+    if isinstance(manager, JengaKVCacheManager):
+        manager.runtime_inputs = CacheInputs(manager)
