@@ -15,6 +15,7 @@ import numpy.typing as npt
 from max.driver import Buffer
 from max.nn.kv_cache import BatchCharacteristics, KVCacheInputs
 from max.pipelines.context import TextContext
+from max.pipelines.kv_cache.kv_connector import CompletedTransfer, KVTransfer
 from max.pipelines.kv_cache.paged_kv_cache.jenga_cache_manager import JengaKVCacheManager
 from max.support.math import ceildiv
 
@@ -181,7 +182,35 @@ class CacheInputs:
         return bool(places)
 
 
+class Allocation:
+    """A cache manager's `alloc`, with a short way for a request whose pages have room for its next step.
+
+    A scheduler asks for room for every request before each step. Requests that decode need a page now and then.
+
+    Args:
+        manager: The cache.
+    """
+
+    def __init__(self, manager: JengaKVCacheManager) -> None:
+        self._manager = manager
+        self._alloc = manager.alloc
+
+    def __call__(self, context: TextContext) -> KVTransfer:
+        """Gives a request the pages for its next step: see `PagedKVCacheManagerInterface.alloc`."""
+        manager = self._manager
+        # What has not begun may find pages in the prefix cache; a connector has transfers to look after.
+        if context.tokens.processed_length == 0 or manager._connector is not None or any(manager._pending_transfers):
+            return self._alloc(context)
+        required, request_id = manager._num_required_blocks(context), context.request_id
+        for leaf, group in manager.groups.items():
+            if len(group.blocks_of(request_id)[leaf]) < required:
+                return self._alloc(context)
+        manager._metrics.input_tokens += context.tokens.active_length
+        return CompletedTransfer()
+
+
 def shorten(manager: Any) -> None:
-    """Gives a cache manager the short way, if it is of the kind that has one for each kind of attention."""
+    """Gives a cache manager the short ways, if it is of the kind that has a table for each kind of attention."""
     if isinstance(manager, JengaKVCacheManager):
         manager.runtime_inputs = CacheInputs(manager)
+        manager.alloc = Allocation(manager)

@@ -14,7 +14,7 @@ from max.pipelines.context import TextContext
 from max.pipelines.kv_cache.paged_kv_cache.jenga_cache_manager import JengaKVCacheManager
 from speculation_harness import load, prompts_of, request
 
-from step3p5.cache_inputs import CacheInputs
+from step3p5.cache_inputs import Allocation, CacheInputs
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 
@@ -25,14 +25,14 @@ DEPTH = 3
 
 
 class Counted:
-    """A manager's `runtime_inputs`, with the calls counted."""
+    """A function with its calls counted."""
 
-    def __init__(self, prepare: Any) -> None:
-        self.prepare, self.calls = prepare, 0
+    def __init__(self, function: Any) -> None:
+        self.function, self.calls = function, 0
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.calls += 1
-        return self.prepare(*arguments, **options)
+        return self.function(*arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +55,21 @@ class Books:
 
     def __init__(self, manager: JengaKVCacheManager, rng: np.random.Generator) -> None:
         self.manager, self.rng = manager, rng
-        self.counted = Counted(manager.runtime_inputs)
-        manager.runtime_inputs = self.counted
-        self.inputs = CacheInputs(manager)
-        manager.runtime_inputs = self.counted.prepare
+        self.prepared, self.allocated = Counted(manager.runtime_inputs), Counted(manager.alloc)
+        manager.runtime_inputs, manager.alloc = self.prepared, self.allocated
+        self.inputs, self.alloc = CacheInputs(manager), Allocation(manager)
+        manager.runtime_inputs, manager.alloc = self.prepared.function, self.allocated.function
         self.prompt = prompts_of(rng, 120)[0]
         self.running: list[TextContext] = []
+        self.prompt_tokens = 0
 
     def join(self) -> None:
         """A new request reads its prompt; half of them the same one, whose pages the cache then shares."""
         prompt = self.prompt if self.rng.random() < 0.5 else prompts_of(self.rng, int(self.rng.integers(1, 140)))[0]
         context = request(prompt, LONGEST - 200)
+        self.prompt_tokens += len(prompt)
         self.manager.claim(context, replica_idx=0)
-        self.manager.alloc(context).synchronize()
+        self.alloc(context).synchronize()
         self.inputs([[context]])
         self.go_on(context)
         self.running.append(context)
@@ -88,7 +90,7 @@ class Books:
         for context in batch:
             context.spec_decoding_state.draft_tokens_to_verify = [0] * drafts
             context.spec_decoding_state.maybe_accepted_draft_tokens = [0] * int(self.rng.integers(DEPTH + 1))
-            self.manager.alloc(context).synchronize()
+            self.alloc(context).synchronize()
         found: Any = self.inputs(
             [batch],
             max_cache_length=LONGEST,
@@ -117,7 +119,7 @@ class Books:
 def test_tables_and_lengths_follow_the_cache(manager: JengaKVCacheManager, rng: np.random.Generator) -> None:
     """Requests come, leave, are left out of steps, change places, get pages, lose those behind a window, share them."""
     books = Books(manager, rng)
-    steps = 600
+    steps, decodes, counted = 600, 0, manager.metrics.input_tokens
     for _ in range(steps):
         books.running = [context for context in books.running if len(context.tokens) < context.max_length - 8]
         if len(books.running) < REQUESTS and (not books.running or rng.random() < 0.1):
@@ -130,6 +132,9 @@ def test_tables_and_lengths_follow_the_cache(manager: JengaKVCacheManager, rng: 
         if rng.random() < 0.05:
             batch = batch[1:] or batch
         books.check(batch)
-    assert books.counted.calls < steps / 2
+        decodes += len(batch)
+    assert books.prepared.calls < steps / 2
+    assert books.allocated.calls < decodes / 10
+    assert manager.metrics.input_tokens - counted == decodes + books.prompt_tokens
     while books.running:
         books.leave()

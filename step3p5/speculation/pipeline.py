@@ -18,7 +18,6 @@ from max.support.algorithm import flatten2d
 from typing_extensions import override
 
 from ..cache_inputs import shorten
-from ..steady_batch import takes_the_best
 from .acceptance import can_verify_drafts, commit
 from .drafted import Drafts
 from .kept_rows import Rows
@@ -26,7 +25,7 @@ from .padding import padded_size, padding_request
 from .policy import DraftPlan
 from .rows import Int64
 from .steady_cycle import Caches, Outcome, Sampler, Start, SteadyCycles
-from .steady_run import Launched, Member, SteadyRun
+from .steady_run import Advanced, Launched, Member, SteadyRun
 from .step_plan import StepPlan
 from .stepping import SteppingPipeline, is_running, outputs_of
 from .trials import CYCLE_TRIALS
@@ -99,7 +98,7 @@ class SpeculativePipeline(SteppingPipeline):
         if run is not None:
             advanced += self._execute_cycle(run, joining, rest)
         outputs = super()._execute_batches([rest]) if rest else {}
-        return outputs_of(context for context in advanced if context.request_id not in outputs) | outputs
+        return outputs_of(context for context, _ in advanced if context.request_id not in outputs) | outputs
 
     def _forget_gone(self) -> None:
         """Frees the places of requests that were hung up or preempted since the last step."""
@@ -112,7 +111,7 @@ class SpeculativePipeline(SteppingPipeline):
         if not len(run):
             self._run = None
 
-    def _end_run_without(self, batch: Sequence[TextContext]) -> list[TextContext]:
+    def _end_run_without(self, batch: Sequence[TextContext]) -> list[Advanced]:
         """Ends the run if requests of it are left out of a step that is not one of prompts alone.
 
         Returns:
@@ -125,8 +124,7 @@ class SpeculativePipeline(SteppingPipeline):
         if all(member.context.request_id in there for _, member in run):
             return []
         advanced = [] if run.launched is None else self._end_cycle(run, run.launched)
-        for context in advanced:
-            self._kv_manager.step(context)
+        self._publish(advanced)
         self._end_run()
         return advanced
 
@@ -260,7 +258,7 @@ class SpeculativePipeline(SteppingPipeline):
             member = run.leave(place)
             member.state.advance(member.end, depth, own_rows, Drafts(drafted, place, depth) if depth else None)
 
-    def _execute_cycle(self, run: SteadyRun, joining: Joining, rest: Sequence[TextContext]) -> list[TextContext]:
+    def _execute_cycle(self, run: SteadyRun, joining: Joining, rest: Sequence[TextContext]) -> list[Advanced]:
         """Ends a cycle of a run, the one on its way if there is one; launches the next one where that goes ahead.
 
         Args:
@@ -282,16 +280,22 @@ class SpeculativePipeline(SteppingPipeline):
         advanced = self._end_cycle(run, launched, following)
         if self.launches_ahead and run.launched is None:
             self._launch_ahead(run, joining, rest, has_room=ahead is not None)
-        for context in advanced:
-            self._kv_manager.step(context)
+        self._publish(advanced)
         if not len(run):
             self._run = None
         return advanced
 
+    def _publish(self, advanced: Sequence[Advanced]) -> None:
+        """Lets the cache go on behind requests that have filled a page: nothing changes in it before."""
+        page_size = self._kv_manager.params.page_size
+        for context, before in advanced:
+            if context.tokens.processed_length // page_size > before // page_size:
+                self._kv_manager.step(context)
+
     def _surely_goes_on(self, run: SteadyRun) -> bool:
         """Whether after the cycle that is launched another one follows, if no text ends in it."""
         longest = self._longest_to_draft - run.cycle.depth - 1
-        return self._takes_the_best(run) and all(
+        return run.takes_the_best and all(
             len(context.tokens) <= longest and len(context.tokens) + run.cycle.depth + 1 < context.max_length
             for context in run.contexts
         )
@@ -368,7 +372,7 @@ class SpeculativePipeline(SteppingPipeline):
             # So many tokens may come before the step that the scheduler makes room for next.
             context.spec_decoding_state.maybe_accepted_draft_tokens = [0] * (run.cycle.depth + 1)
 
-    def _end_cycle(self, run: SteadyRun, launched: Launched, following: Caches | None = None) -> list[TextContext]:
+    def _end_cycle(self, run: SteadyRun, launched: Launched, following: Caches | None = None) -> list[Advanced]:
         """Waits for a cycle, and advances the run's requests; returns them.
 
         Args:
@@ -399,13 +403,9 @@ class SpeculativePipeline(SteppingPipeline):
         self.statistics.record_times(verified - launched.at, time.perf_counter() - verified)
         return advanced
 
-    def _takes_the_best(self, run: SteadyRun) -> bool:
-        """Whether all requests of a run take the greatest logit."""
-        return all(map(takes_the_best, run.contexts))
-
     def _sampler_of(self, run: SteadyRun) -> Sampler | None:
         """What draws for a run; `None` where all requests take the greatest logit."""
-        if self._takes_the_best(run):
+        if run.takes_the_best:
             return None
         # MAX's sampler goes by the widest of a batch's parameters: what fills the batch up takes those of a request.
         some = run.contexts[0]
@@ -419,15 +419,16 @@ class SpeculativePipeline(SteppingPipeline):
 
         return sample
 
-    def _commit_cycle(self, run: SteadyRun, outcome: Outcome) -> list[TextContext]:
+    def _commit_cycle(self, run: SteadyRun, outcome: Outcome) -> list[Advanced]:
         """Appends what a cycle drew to the requests, and counts acceptance; returns the requests."""
-        depth, counts, advanced = run.cycle.depth, [], run.contexts
+        depth, counts, advanced = run.cycle.depth, [], []
         gained = np.zeros(run.cycle.batch_size, dtype=np.int64)
         drawn, accepted_by_place = outcome.drawn.tolist(), outcome.accepted.tolist()
         for place, member in list(run):
             context = member.context
             forget_drafts(context)
             accepted = accepted_by_place[place]
+            advanced.append(Advanced(context, member.end))
             commit(context, drawn[place][: accepted + 1])
             if depth:
                 counts.append((depth, accepted))

@@ -191,17 +191,31 @@ class SteadyCycle:
             *_copies(window_rows, Buffer.from_numpy(windows.reshape(-1)), starts, keep + 1),
             *_copies(self._verified, Buffer.from_numpy(verified.reshape(-1)), starts, width),
         ]
-        on_device = [piece for piece in pieces if isinstance(piece, DeviceRows)]
-        if self._device.is_host or len(on_device) < len(pieces):
-            on_host = concatenated(pieces, hidden_size, host_dtype(self._kept.dtype))
-            copies += _copies(kept_rows, rows_from_host(on_host, self._kept.dtype, self._device), starts, keep)
-        else:
-            rows = [(piece.kept, row) for piece in on_device for row in range(piece.start, piece.end)]
-            to_rows = [place * keep + row for place in starts for row in range(keep)]
-            copies += _copies_of_kept(kept_rows, to_rows, rows)
+        rows = [row for place in starts for row in range(place * keep, (place + 1) * keep)]
+        copies += self._copies_of_rows(kept_rows, rows, pieces)
         to, sources = zip(*copies, strict=True)
         batch_inplace_copy(to, sources)
         self._begun.append(sources)
+
+    def _copies_of_rows(
+        self, to: Buffer, rows: Sequence[int], pieces: Sequence[Rows]
+    ) -> Iterator[tuple[Buffer, Buffer]]:
+        """Copies of all `pieces`, one after the other, to `rows` of `to`, each from where it is."""
+        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+        on_device: list[tuple[int, KeptRows, int]] = []
+        on_host: list[Rows] = []
+        rows_on_host: list[int] = []
+        for piece, end in zip(pieces, ends, strict=True):
+            own = rows[end - len(piece) : end]
+            if isinstance(piece, DeviceRows) and not self._device.is_host:
+                on_device += [(row, piece.kept, at) for row, at in zip(own, range(piece.start, piece.end), strict=True)]
+            else:
+                on_host.append(piece)
+                rows_on_host += own
+        yield from _copies_of_kept(to, on_device)
+        if on_host:
+            host = concatenated(on_host, self._graphs.hidden_size, host_dtype(to.dtype))
+            yield from _copies(to, rows_from_host(host, to.dtype, self._device), rows_on_host, 1)
 
     def at_lengths(self, caches: Caches, lengths: Int64) -> Caches:
         """The same caches with `lengths` positions of each request in them."""
@@ -350,19 +364,17 @@ def _copies(to: Buffer, source: Buffer, places: Iterable[int], size: int) -> Ite
         at += count
 
 
-def _copies_of_kept(
-    to: Buffer, places: Sequence[int], rows: Sequence[tuple[KeptRows, int]]
-) -> Iterator[tuple[Buffer, Buffer]]:
-    """Copies of kept rows to rows of `to`: one for those that lie in a row on both sides."""
+def _copies_of_kept(to: Buffer, rows: Iterable[tuple[int, KeptRows, int]]) -> Iterator[tuple[Buffer, Buffer]]:
+    """Copies of kept rows to rows of `to`, each `(row, kept, kept row)`: one for those in a row on both sides."""
 
-    def span(one: tuple[int, tuple[int, tuple[KeptRows, int]]]) -> tuple[int, int, int]:
-        index, (place, (kept, row)) = one
-        return id(kept), place - index, row - index
+    def span(one: tuple[int, tuple[int, KeptRows, int]]) -> tuple[int, int, int]:
+        index, (row, kept, kept_row) = one
+        return id(kept), row - index, kept_row - index
 
-    for _, group in itertools.groupby(enumerate(zip(places, rows, strict=True)), key=span):
-        own = [pair for _, pair in group]
-        place, (kept, row) = own[0]
-        yield _rows(to, place, len(own)), _rows(kept.on_device, row, len(own))
+    for _, group in itertools.groupby(enumerate(rows), key=span):
+        own = [one for _, one in group]
+        row, kept, kept_row = own[0]
+        yield _rows(to, row, len(own)), _rows(kept.on_device, kept_row, len(own))
 
 
 def _rows(buffer: Buffer, first: int, count: int) -> Buffer:

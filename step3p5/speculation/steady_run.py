@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from max.pipelines.context import TextContext
 from max.pipelines.modeling.types import RequestID
 
-from ..steady_batch import is_constrained
+from ..steady_batch import is_constrained, takes_the_best
 from .kept_rows import CycleRows
 from .padding import padded_size
 from .rows import Int64
@@ -47,6 +48,22 @@ class Member:
         return self.context.tokens.processed_length == self.end and not is_constrained(self.context)
 
 
+class Advanced(NamedTuple):
+    """A request after a cycle."""
+
+    context: TextContext
+    before: int
+    """Its processed length before the cycle."""
+
+
+class _Listed(NamedTuple):
+    """What is asked of the requests in every cycle, and changes where one comes or leaves."""
+
+    contexts: list[TextContext]
+    all_contexts: list[TextContext]
+    takes_the_best: bool
+
+
 class SteadyRun:
     """A `SteadyCycle` and the requests at its places; those where none is are filled up.
 
@@ -64,6 +81,7 @@ class SteadyRun:
         self.launched: Launched | None = None
         """The cycle after the last one that ended, if it was launched ahead of its step."""
         self._place_of: dict[RequestID, int] = {}
+        self._listed: _Listed | None = None
         self._end_tokens: npt.NDArray[np.int64] | None = None
         self._verified: float | None = None
         self._cycles_too_large = 0
@@ -77,16 +95,6 @@ class SteadyRun:
     def __iter__(self) -> Iterator[tuple[int, Member]]:
         """The requests with their places."""
         return ((place, member) for place, member in enumerate(self.places) if member is not None)
-
-    @property
-    def contexts(self) -> list[TextContext]:
-        """The requests, by place."""
-        return [member.context for _, member in self]
-
-    @property
-    def all_contexts(self) -> list[TextContext]:
-        """What is at each place."""
-        return [self._padding if member is None else member.context for member in self.places]
 
     def fits(self, requests: int) -> bool:
         """Whether so many requests can go on in this run, and have not had far too many places for long."""
@@ -102,6 +110,7 @@ class SteadyRun:
             self._place_of[member.context.request_id] = place
             self.rows.forget(place)
         self.cycle.begin({place: start for place, (_, start) in zip(free, newcomers, strict=False)})
+        self._listed = None
         trackers = [context.eos_tracker for context in self.contexts]
         self._end_tokens = None
         if not any(tracker.eos_sequences for tracker in trackers):
@@ -116,7 +125,31 @@ class SteadyRun:
         self.places[place] = None
         del self._place_of[member.context.request_id]
         self.rows.forget(place)
+        self._listed = None
         return member
+
+    @property
+    def contexts(self) -> list[TextContext]:
+        """The requests, by place."""
+        return self._lists.contexts
+
+    @property
+    def all_contexts(self) -> list[TextContext]:
+        """What is at each place."""
+        return self._lists.all_contexts
+
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether all requests take the greatest logit."""
+        return self._lists.takes_the_best
+
+    @property
+    def _lists(self) -> _Listed:
+        if self._listed is None:
+            contexts = [member.context for _, member in self]
+            everywhere = [self._padding if member is None else member.context for member in self.places]
+            self._listed = _Listed(contexts, everywhere, all(map(takes_the_best, contexts)))
+        return self._listed
 
     def end_cycle(self, hidden: npt.NDArray[np.generic] | None, counts: Int64) -> None:
         """Takes note of what a cycle left.
