@@ -303,7 +303,7 @@ def test_without_room_in_the_cache_nothing_is_launched_ahead(
         while scheduler.runs(context):
             alloc(context).synchronize()
             with monkeypatch.context() as patch:
-                patch.setattr(type(scheduler.manager), "alloc", full)
+                patch.setattr(scheduler.manager, "alloc", full)
                 outputs = pipeline.execute(TextGenerationInputs(batches=[[context]]))
             assert not scheduler.is_ahead
             output = outputs[context.request_id]
