@@ -4,17 +4,12 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.utils.numerics import inf
 
-from .dense_output_gpu import (
-    Float32Output,
-    LinearOutput,
-    PairedOutput,
-    SwigluOutput,
-)
+from .dense_output_gpu import DenseOutput, LinearOutput, SwigluOutput
 from .dense_plan_gpu import MAX_SPLITS, plan_dense
 from .dense_split_gpu import launch_dense_split
 from .dense_wgmma_gpu import launch_dense_wgmma
 from .grouped_tiles_gpu import TILE_K, TILE_M
-from .operands import Floats
+from .operands import Elements
 from .stream_gpu import BFloats
 
 
@@ -23,8 +18,10 @@ def dense_fits(in_features: Int, out_features: Int) -> Bool:
     return in_features % 8 == 0 and out_features % 8 == 0
 
 
-def linear_dense(
-    y: BFloats,
+def linear_dense[
+    dtype: DType, //
+](
+    y: Elements[dtype],
     x: BFloats,
     w: BFloats,
     tokens: Int,
@@ -32,44 +29,21 @@ def linear_dense(
     out_features: Int,
     ctx: DeviceContext,
 ) raises:
-    """`y = x w^T`, float32 sums rounded to bfloat16."""
-    _multiply(
-        LinearOutput(y, out_features),
-        x,
-        w,
-        w,
-        tokens,
-        in_features,
-        inf[DType.float32](),
-        ctx,
-    )
-
-
-def linear_dense_float32(
-    y: Floats,
-    x: BFloats,
-    w: BFloats,
-    tokens: Int,
-    in_features: Int,
-    out_features: Int,
-    ctx: DeviceContext,
-) raises:
-    """`y = x w^T` in float32, for narrow matrices such as a router's."""
-    launch_dense_split[Float32Output, 64, 4, 2](
-        Float32Output(y, out_features),
-        x,
-        w,
-        w,
-        tokens,
-        in_features,
-        inf[DType.float32](),
-        float32_splits(
+    """`y = x w^T`, float32 sums rounded to bfloat16 or as they are."""
+    var output = LinearOutput(y, out_features)
+    var limit = inf[DType.float32]()
+    comptime if dtype == DType.float32:
+        # A narrow matrix such as a router's, for which the plan's estimates were not made.
+        var splits = float32_splits(
             ceildiv(out_features, TILE_M) * ceildiv(tokens, 64),
             ceildiv(in_features, TILE_K),
             ctx.default_device_info.sm_count,
-        ),
-        ctx,
-    )
+        )
+        if splits > 1:
+            return launch_dense_split[LinearOutput[dtype], 64, 4, 2](
+                output, x, w, w, tokens, in_features, limit, splits, ctx
+            )
+    _multiply(output, x, w, w, tokens, in_features, limit, ctx)
 
 
 def float32_splits(tiles: Int, steps: Int, multiprocessors: Int) -> Int:
@@ -110,7 +84,7 @@ def swiglu_dense(
 
 
 def _multiply[
-    D: PairedOutput
+    D: DenseOutput
 ](
     output: D,
     x: BFloats,

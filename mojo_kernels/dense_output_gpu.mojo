@@ -53,15 +53,7 @@ trait DenseOutput(Deinitable, ImplicitlyCopyable):
         """
         ...
 
-
-trait PairedOutput(DenseOutput):
-    """Results in bfloat16, by pairs of tokens."""
-
-    def matrix[index: Int](self, sums: Quad) -> Pair:
-        """A lane's part of one matrix."""
-        ...
-
-    def plain(self) -> LinearOutput:
+    def plain(self) -> LinearOutput[Self.dtype]:
         """The same results, as they are."""
         ...
 
@@ -75,27 +67,27 @@ trait PairedOutput(DenseOutput):
 
 
 @fieldwise_init
-struct LinearOutput(ImplicitlyCopyable, PairedOutput):
-    """The sums themselves."""
+struct LinearOutput[element: DType](DenseOutput, ImplicitlyCopyable):
+    """The sums themselves, rounded to bfloat16 or as they are in float32."""
 
-    comptime dtype = DType.bfloat16
+    comptime dtype = Self.element
 
     comptime BOX_ROWS = TILE_M
     comptime TENSORS = 1
     comptime MATRICES = 2
 
-    var y: Elements[DType.bfloat16]
+    var y: Elements[Self.element]
     var out_features: Int
 
     @always_inline
     @staticmethod
     def of(
-        results: Elements[DType.bfloat16], features: Int, limit: Float32
+        results: Elements[Self.element], features: Int, limit: Float32
     ) -> Self:
         return Self(results, features)
 
     @always_inline
-    def results(self) -> Elements[DType.bfloat16]:
+    def results(self) -> Elements[Self.element]:
         return self.y
 
     @always_inline
@@ -104,14 +96,15 @@ struct LinearOutput(ImplicitlyCopyable, PairedOutput):
 
     @always_inline
     def matrix[index: Int](self, sums: Quad) -> Pair:
+        """A lane's part of one matrix, in bfloat16."""
         return Pair(
             sums[2 * index].cast[DType.bfloat16](),
             sums[2 * index + 1].cast[DType.bfloat16](),
         )
 
     @always_inline
-    def plain(self) -> LinearOutput:
-        return LinearOutput(self.results(), self.features())
+    def plain(self) -> LinearOutput[Self.element]:
+        return self
 
     @always_inline
     def activated[
@@ -123,50 +116,29 @@ struct LinearOutput(ImplicitlyCopyable, PairedOutput):
 
     @always_inline
     def store(self, sums: Quad, row: Int, token: Int, tokens: Int):
-        store_pairs(self, sums, row, token, tokens)
+        comptime if Self.element == DType.bfloat16:
+            var to = rebind[Elements[DType.bfloat16]](self.y)
+            comptime for m in range(2):
+                store_pair(
+                    to,
+                    self.out_features,
+                    self.matrix[m](sums),
+                    row + 8 * m,
+                    token,
+                    tokens,
+                )
+        else:
+            comptime for i in range(4):
+                var to_token = token + Int(lane_id()) % 4 * 2 + i % 2
+                var column = row + Int(lane_id()) // 4 + i // 2 * 8
+                if to_token < tokens and column < self.out_features:
+                    self.y[
+                        unsafe_offset=to_token * self.out_features + column
+                    ] = sums[i].cast[Self.element]()
 
 
 @fieldwise_init
-struct Float32Output(DenseOutput, ImplicitlyCopyable):
-    """The sums themselves, as they are."""
-
-    comptime dtype = DType.float32
-
-    comptime BOX_ROWS = TILE_M
-    comptime TENSORS = 1
-    comptime MATRICES = 2
-
-    var y: Elements[DType.float32]
-    var out_features: Int
-
-    @always_inline
-    @staticmethod
-    def of(
-        results: Elements[DType.float32], features: Int, limit: Float32
-    ) -> Self:
-        return Self(results, features)
-
-    @always_inline
-    def results(self) -> Elements[DType.float32]:
-        return self.y
-
-    @always_inline
-    def features(self) -> Int:
-        return self.out_features
-
-    @always_inline
-    def store(self, sums: Quad, row: Int, token: Int, tokens: Int):
-        comptime for i in range(4):
-            var to_token = token + Int(lane_id()) % 4 * 2 + i % 2
-            var column = row + Int(lane_id()) // 4 + i // 2 * 8
-            if to_token < tokens and column < self.out_features:
-                self.y[
-                    unsafe_offset=to_token * self.out_features + column
-                ] = sums[i]
-
-
-@fieldwise_init
-struct SwigluOutput(ImplicitlyCopyable, PairedOutput):
+struct SwigluOutput(DenseOutput, ImplicitlyCopyable):
     """Activations. For `store` eight rows of `gate` alternate with eight of `up`, so that a lane holds both sums of one;
     for `activated` they lie apart.
     """
@@ -206,15 +178,8 @@ struct SwigluOutput(ImplicitlyCopyable, PairedOutput):
         return gated * linear
 
     @always_inline
-    def matrix[index: Int](self, sums: Quad) -> Pair:
-        return Pair(
-            self.activation(sums[0], sums[2]).cast[DType.bfloat16](),
-            self.activation(sums[1], sums[3]).cast[DType.bfloat16](),
-        )
-
-    @always_inline
-    def plain(self) -> LinearOutput:
-        return LinearOutput(self.results(), self.features())
+    def plain(self) -> LinearOutput[DType.bfloat16]:
+        return LinearOutput(self.act, self.intermediate_size)
 
     @always_inline
     def activated[
@@ -229,21 +194,27 @@ struct SwigluOutput(ImplicitlyCopyable, PairedOutput):
 
     @always_inline
     def store(self, sums: Quad, row: Int, token: Int, tokens: Int):
-        store_pairs(self, sums, row, token, tokens)
+        var pair = Pair(
+            self.activation(sums[0], sums[2]).cast[DType.bfloat16](),
+            self.activation(sums[1], sums[3]).cast[DType.bfloat16](),
+        )
+        store_pair(self.act, self.intermediate_size, pair, row, token, tokens)
 
 
 @always_inline
-def store_pairs[
-    D: PairedOutput
-](output: D, sums: Quad, row: Int, token: Int, tokens: Int):
-    """`DenseOutput.store` by pairs."""
+def store_pair(
+    results: Elements[DType.bfloat16],
+    features: Int,
+    pair: Pair,
+    column: Int,
+    token: Int,
+    tokens: Int,
+):
+    """Stores a warp's matrix of 8 results `column` ... with 8 tokens `token` ..., of which a lane has a pair.
+    """
     var to_token = token + Int(lane_id()) // 4
-    comptime for m in range(D.MATRICES):
-        var column = row + 8 * m
-        store_transposed(
-            rebind[Elements[DType.bfloat16]](output.results()).unsafe_offset(
-                to_token * output.features() + column
-            ),
-            output.matrix[m](sums),
-            to_token < tokens and column < output.features(),
-        )
+    store_transposed(
+        results.unsafe_offset(to_token * features + column),
+        pair,
+        to_token < tokens and column < features,
+    )

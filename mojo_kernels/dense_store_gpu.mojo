@@ -1,4 +1,5 @@
-"""Stores of a warp group's sums: brought in order in shared memory, so that whole lines go to memory."""
+"""Stores of a warp group's sums. In bfloat16 they are brought in order in shared memory, so that whole lines go to memory;
+in float32 a warp's stores fill sectors of 32 bytes as they are."""
 
 from max.gpu import lane_id, thread_idx
 from std.math import ceildiv
@@ -6,8 +7,9 @@ from std.memory import bitcast
 from std.sys._assembly import inlined_assembly
 from std.utils.static_tuple import StaticTuple
 
-from .dense_output_gpu import LinearOutput, PairedOutput, Quad
+from .dense_output_gpu import DenseOutput, LinearOutput, Quad
 from .dense_ring_gpu import DenseRing, SharedTile, Sums
+from .operands import Elements
 
 comptime STAGED_TOKENS = 64
 """Tokens whose results a warp group brings in order at a time."""
@@ -48,16 +50,16 @@ def staging_of(base: SharedTile, begin: Int, group: Int) -> SharedTile:
 
 @always_inline
 def store_tile[
-    N: Int
+    dtype: DType, //, N: Int
 ](
-    output: LinearOutput,
+    output: LinearOutput[dtype],
     rows: TokenRange,
     sums: Sums[N],
     staging: SharedTile,
     group: Int,
     row: Int,
 ):
-    """A warp group stores its 64 weight rows' results, whole rows of them at a time.
+    """A warp group stores its 64 weight rows' results.
 
     Args:
         output: The product.
@@ -67,6 +69,45 @@ def store_tile[
         group: Index of the warp group, 0 or 1.
         row: First result of the group.
     """
+    comptime if dtype == DType.bfloat16:
+        store_lines[N](
+            LinearOutput(
+                rebind[Elements[DType.bfloat16]](output.y), output.out_features
+            ),
+            rows,
+            sums,
+            staging,
+            group,
+            row,
+        )
+    else:
+        var of_warp = row + Int(thread_idx.x) % 128 // 32 * 16
+        comptime for j in range(N // 8):
+            output.store(
+                Quad(
+                    sums[4 * j],
+                    sums[4 * j + 1],
+                    sums[4 * j + 2],
+                    sums[4 * j + 3],
+                ),
+                of_warp,
+                rows.first + 8 * j,
+                rows.end,
+            )
+
+
+@always_inline
+def store_lines[
+    N: Int
+](
+    output: LinearOutput[DType.bfloat16],
+    rows: TokenRange,
+    sums: Sums[N],
+    staging: SharedTile,
+    group: Int,
+    row: Int,
+):
+    """`store_tile` in bfloat16, whole rows of results at a time."""
     var thread = Int(thread_idx.x) % 128
     var lane = Int(lane_id())
     var index = lane // 8
@@ -120,7 +161,7 @@ def store_tile[
 
 @always_inline
 def multiply_tile[
-    D: PairedOutput,
+    D: DenseOutput,
     STAGES: Int,
     SHARERS: Int,
     MAX_N: Int,
@@ -151,12 +192,14 @@ def multiply_tile[
     """
     comptime if D.TENSORS == 1:
         var sums = ring.multiply[N](group, steps)
-        store_tile(output.plain(), rows, sums, staging, group, row + group * 64)
+        store_tile[N](
+            output.plain(), rows, sums, staging, group, row + group * 64
+        )
     else:
         comptime HALF = N // 2
         var first, second = ring.multiply_both[HALF](group, steps)
         var results = output.activated(first, second)
-        store_tile(
+        store_tile[HALF](
             output.plain(),
             rows.behind(group * HALF),
             results,

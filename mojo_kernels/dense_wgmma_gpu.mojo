@@ -16,7 +16,7 @@ from max.gpu.primitives.cluster import cluster_sync
 from std.math import ceildiv
 from std.utils.static_tuple import StaticTuple
 
-from .dense_output_gpu import PairedOutput
+from .dense_output_gpu import DenseOutput
 from .dense_ring_gpu import BF16, DenseRing, LOADER, SWIZZLE, THREADS
 from .dense_store_gpu import (
     STAGING_BYTES,
@@ -58,7 +58,7 @@ struct DenseTile(ImplicitlyCopyable):
 @__llvm_arg_metadata(second, `nvvm.grid_constant`)
 @__llvm_arg_metadata(x, `nvvm.grid_constant`)
 def dense_wgmma[
-    D: PairedOutput,
+    D: DenseOutput,
     N: Int,
     STAGES: Int,
     w_shape: Coord,
@@ -128,7 +128,7 @@ def dense_wgmma[
 
 
 def launch_dense_wgmma[
-    D: PairedOutput, N: Int, STAGES: Int
+    D: DenseOutput, N: Int, STAGES: Int
 ](
     output: D,
     x: Elements[BF16],

@@ -4,7 +4,7 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.utils.numerics import inf
 
-from .dense_output_gpu import LinearOutput, PairedOutput, SwigluOutput
+from .dense_output_gpu import DenseOutput, LinearOutput, SwigluOutput
 from .grouped_combine_gpu import launch_combine, launch_places
 from .grouped_plain_gpu import launch_down_plain, launch_gate_up_plain
 from .grouped_sort_gpu import launch_sort
@@ -154,7 +154,7 @@ def _gate_up_wgmma(
 
 
 def _multiply[
-    D: PairedOutput, //
+    D: DenseOutput, //
 ](
     output: D,
     offsets: Ids,
@@ -276,7 +276,7 @@ def down_grouped[
 
 
 def _down_parts(
-    output: LinearOutput,
+    output: LinearOutput[DType.bfloat16],
     begin: Int,
     act: BFloats,
     down: BFloats,

@@ -29,7 +29,7 @@ from std.sys import size_of
 from std.utils.index import IndexList
 from std.utils.static_tuple import StaticTuple
 
-from .dense_output_gpu import PairedOutput
+from .dense_output_gpu import DenseOutput
 from .dense_ring_gpu import (
     BF16,
     DenseRing,
@@ -69,7 +69,7 @@ def widths[MAX_N: Int]() -> List[Int]:
 @__llvm_arg_metadata(second, `nvvm.grid_constant`)
 @__llvm_arg_metadata(x, `nvvm.grid_constant`)
 def grouped_wgmma[
-    D: PairedOutput,
+    D: DenseOutput,
     MAX_N: Int,
     STAGES: Int,
     SHARERS: Int,
@@ -184,7 +184,7 @@ struct GroupedShape(ImplicitlyCopyable):
 
 
 def launch_grouped_wgmma[
-    D: PairedOutput,
+    D: DenseOutput,
     MAX_N: Int,
     STAGES: Int,
     SHARERS: Int,

@@ -20,12 +20,13 @@ from max.nn.layer import Module
 from typing_extensions import override
 
 from .checkpoint_tensors import TensorRole
-from .kernels import linear
+from .kernels import greedy, linear
 from .layer_config import LayerConfig, ModelConfig
 from .layers.decoder import DecoderLayer
 from .layers.linear import Linear
 from .layers.norm import RMSNorm, summed
 from .layers.rope import rope_table
+from .layers.vocabulary import Head
 from .precision import activation_dtype, weight_dtype
 from .traced_module import TracedModule
 
@@ -43,7 +44,7 @@ class SharedHead(Module):
     def __init__(self, model: ModelConfig, dtype: DType, device: DeviceRef) -> None:
         super().__init__()
         self.norm = RMSNorm(model.hidden_size, model, weight_dtype(TensorRole.HIDDEN_NORM, dtype, device))
-        self.output = Linear(model.hidden_size, model.vocab_size, dtype, device)
+        self.output = Head(model.hidden_size, model.vocab_size, dtype, device)
 
     def input_types(self) -> tuple[TensorType, ...]:
         """What the head takes besides hidden states: nothing."""
@@ -51,7 +52,7 @@ class SharedHead(Module):
 
     def __call__(self, z: TensorValue) -> tuple[TensorValue, TensorValue]:
         """The likeliest tokens `[n]` int64 after hidden states `[n, hidden_size]`, and the logits `[n, vocab_size]`."""
-        logits = ops.cast(self.output(self.norm(z)), DType.float32)
+        logits = self.output(self.norm(z))
         return _argmax(logits), logits
 
 
@@ -79,12 +80,12 @@ class PartialHead(Module):
 
     def __call__(self, z: TensorValue, rows: TensorValue, ids: TensorValue) -> tuple[TensorValue, TensorValue]:
         """The likeliest of `ids`, `[n]` int64, after hidden states `[n, hidden_size]`, and the logits `[n, size]`."""
-        logits = ops.cast(linear(self.norm(z), rows), DType.float32)
+        logits = linear(self.norm(z), rows, dtype=DType.float32)
         return ops.gather(ids, _argmax(logits), axis=0), logits
 
 
 def _argmax(logits: TensorValue) -> TensorValue:
-    return ops.squeeze(ops.argmax(logits, axis=-1), -1)
+    return greedy(logits, ops.constant([int(logits.shape[-1])], DType.int64, device=logits.device))
 
 
 class MTPDepth(TracedModule):

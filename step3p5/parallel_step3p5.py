@@ -170,6 +170,7 @@ class ParallelStep3p5(TracedModule):
     def _head(self, x: list[TensorValue], signals: Sequence[BufferValue]) -> list[TensorValue]:
         exchange = Exchange(signals)
         x = exchange(self.plan.before_head, x)
+        # In the type of `x`, not in float32 as a `Head` gives them: half the bytes to join. They are cast behind.
         logits = [part(x[i]) for i, part in enumerate(self.head_parts)]
         return exchange.join_columns(self.plan.after_head, logits)
 

@@ -20,9 +20,9 @@ from typing_extensions import override
 from .checkpoint_tensors import TensorRole
 from .layer_config import AttentionKind, LayerConfig, MoEConfig, RopeConfig
 from .layers.decoder import DecoderLayer
-from .layers.linear import Linear
 from .layers.norm import RMSNorm, summed
 from .layers.rope import rope_table
+from .layers.vocabulary import Head
 from .model_config import Step3p5Config
 from .precision import activation_dtype, weight_dtype
 from .traced_module import TracedModule
@@ -53,7 +53,7 @@ class Step3p5(TracedModule):
             ]
         )
         self.norm = RMSNorm(model.hidden_size, model, weight_dtype(TensorRole.HIDDEN_NORM, dtype, device))
-        self.lm_head = Linear(model.hidden_size, model.vocab_size, dtype, device)
+        self.lm_head = Head(model.hidden_size, model.vocab_size, dtype, device)
         if model.tie_word_embeddings:
             self.lm_head.set_shared_weight("weight", self.embed_tokens.weight)
 

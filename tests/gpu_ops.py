@@ -78,6 +78,7 @@ def experts(
         y,
         gated,
         kernels.linear(gated, down[0]),
+        kernels.linear(gated, down[0], dtype=DType.float32),
         *assigned,
         *quartet,
         shared,

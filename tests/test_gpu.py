@@ -34,6 +34,12 @@ ON_HOST = range(4, 9)
 OF_OURS = range(2, 33)
 """New tokens of a request that our attention takes, for `HEADS / KEY_HEADS` query heads a key head; MAX's any."""
 
+VOCAB = 128896
+SHARED_ROWS = (1, 3, 40, 66)
+"""Rows that several blocks share, from many to two (on an H200); from 67 on every row has one."""
+
+DRAWN_ROWS = (*SHARED_ROWS, 67, 300)
+
 TOLERANCE = 2.0**-7
 """A bfloat16 rounding of the result and one of the activations, as a share of the largest value."""
 
@@ -121,6 +127,28 @@ def test_nan_stays_in_its_token(experts: Model, rng: np.random.Generator, tokens
             continue  # activations lie in the order of the experts
         assert np.isnan(found[broken]).any()
         assert found[others].tobytes() == clean[others].tobytes()
+
+
+@pytest.fixture(scope="module")
+def head_op() -> Model:
+    """bfloat16 operands, and the float32 result of a router or a head."""
+    types = [TensorType(DType.bfloat16, (rows, HIDDEN), DeviceRef.GPU()) for rows in ("T", "N")]
+    with Graph("gpu_head", input_types=types) as graph:
+        graph.output(kernels.linear(*(value.tensor for value in graph.inputs), dtype=DType.float32))
+    return InferenceSession(devices=[Accelerator()]).load(graph)
+
+
+@pytest.mark.parametrize("out_features", [288, 8200, 20016])
+@pytest.mark.parametrize("tokens", CROSSOVERS)
+def test_float32_logits_are_not_rounded(
+    head_op: Model, rng: np.random.Generator, tokens: int, out_features: int
+) -> None:
+    x, w = (rounded(rng.standard_normal((rows, HIDDEN), np.float32), DType.bfloat16) for rows in (tokens, out_features))
+    execute(head_op, [as_bfloat16(np.full_like(x, np.nan)), as_bfloat16(w)])
+    (found,), (again,) = (execute(head_op, [as_bfloat16(x), as_bfloat16(w)]) for _ in range(2))
+    expected = x.astype(np.float64) @ w.astype(np.float64).T
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-14 * np.abs(expected).max())
+    assert found.tobytes() == again.tobytes()
 
 
 class Requests:
@@ -274,8 +302,14 @@ def greedy_op() -> Model:
     return InferenceSession(devices=[Accelerator()]).load(graph)
 
 
-@pytest.mark.parametrize("vocab_size", [5, 1023, 128896])
-@pytest.mark.parametrize("rows", [1, 3, 300])
+def check_draws(model: Model, logits: Array, known: int) -> None:
+    (found,) = execute(model, [logits, np.array([known])])
+    expected = np.where(np.isnan(logits), -np.inf, logits)[:, :known].argmax(-1)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 1023, 40001, VOCAB])
+@pytest.mark.parametrize("rows", DRAWN_ROWS)
 def test_the_first_of_the_greatest_logits_is_drawn(
     greedy_op: Model, rng: np.random.Generator, rows: int, vocab_size: int
 ) -> None:
@@ -283,9 +317,53 @@ def test_the_first_of_the_greatest_logits_is_drawn(
     logits[0, :2] = np.nan
     known = vocab_size - 2
     logits[:, known:] = 100
-    (found,) = execute(greedy_op, [logits, np.array([known])])
-    expected = np.where(np.isnan(logits), -np.inf, logits)[:, :known].argmax(-1)
-    np.testing.assert_array_equal(found, expected)
+    check_draws(greedy_op, logits, known)
+
+
+@pytest.mark.parametrize("vocab_size", [40001, VOCAB])
+@pytest.mark.parametrize("rows", [*SHARED_ROWS, 67])
+def test_one_token_is_drawn_wherever_it_is(
+    greedy_op: Model, rng: np.random.Generator, rows: int, vocab_size: int
+) -> None:
+    """A greatest logit, then an equal one before or behind it, among minus infinities, NaN, lower or equal ones."""
+    each = np.arange(rows)
+    for others, greatest in ((-np.inf, -1e30), (np.nan, -1.0), (-2.0, -1.0), (0.0, 0.0)):
+        logits = np.full((rows, vocab_size), others, np.float32)
+        for _ in range(2):
+            logits[each, rng.integers(vocab_size, size=rows)] = greatest
+            check_draws(greedy_op, logits, vocab_size)
+    logits[:, 0] = -0.0  # equal to the zeros behind it
+    check_draws(greedy_op, logits, vocab_size)
+
+
+@pytest.mark.parametrize("rows", SHARED_ROWS)
+def test_ties_at_the_edges_of_blocks_go_to_the_first(greedy_op: Model, rows: int) -> None:
+    """Equal logits on both sides of all places at which a block may begin, whatever their number."""
+    each = np.arange(rows)
+    for parts in range(2, 33):
+        size = -(-(VOCAB // 4) // parts) * 4
+        for start in range(0, parts - 1, rows):
+            edges = ((start + each) % (parts - 1) + 1) * size
+            logits = np.zeros((rows, VOCAB), np.float32)
+            for places in (edges, edges - 1):
+                logits[each, places] = 3
+                check_draws(greedy_op, logits, VOCAB)
+
+
+@pytest.mark.parametrize("rows", [*SHARED_ROWS, 67])
+@pytest.mark.parametrize("known", [1, 2, 7, 500, 4031, 4033, VOCAB - 1, VOCAB, VOCAB + 5])
+def test_unknown_tokens_are_not_drawn(greedy_op: Model, rng: np.random.Generator, rows: int, known: int) -> None:
+    """However few are known: some blocks then have none."""
+    logits = rng.standard_normal((rows, VOCAB), np.float32)
+    logits[:, known:] = np.inf
+    logits[:, :known][:, -1] = 10
+    check_draws(greedy_op, logits, known)
+
+
+@pytest.mark.parametrize("rows", DRAWN_ROWS)
+@pytest.mark.parametrize("value", [-np.inf, np.nan])
+def test_nothing_to_draw_gives_the_first_token(greedy_op: Model, rows: int, value: float) -> None:
+    check_draws(greedy_op, np.full((rows, VOCAB), value, np.float32), VOCAB - 3)
 
 
 def test_captured_graphs_give_the_tokens_of_eager_execution(tmp_path: Path, rng: np.random.Generator) -> None:

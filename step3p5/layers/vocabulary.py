@@ -1,11 +1,23 @@
-"""Embedding and head whose rows, one a token of the vocabulary, may lie on several devices."""
+"""The head, and an embedding whose rows, one a token of the vocabulary, may lie on several devices."""
 
 from __future__ import annotations
 
 from max.dtype import DType
 from max.graph import TensorValue, ops
+from typing_extensions import override
 
+from ..kernels import linear
 from ..parallel_plan import Placement
+from .linear import Linear
+
+
+class Head(Linear):
+    """The layer that gives the logits: in float32, in which they are summed, whatever `x` and the weights are."""
+
+    @override
+    def __call__(self, x: TensorValue) -> TensorValue:
+        """`[tokens, hidden_size]` to `[tokens, vocab_size]` float32."""
+        return linear(x, self.weight, dtype=DType.float32)
 
 
 def embed_part(tokens: TensorValue, table: TensorValue, placement: Placement, device: int) -> TensorValue:
