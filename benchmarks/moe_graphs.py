@@ -67,6 +67,23 @@ def layer_graph() -> Graph:
     return graph
 
 
+def router_graph() -> Graph:
+    """(bias, then router and x of every launch) -> ids, weights, rows and offsets of every launch.
+
+    The routers fit into the second-level cache, from which a model's has been displaced.
+    """
+    types = [TensorType(F32, (EXPERTS,), GPU)]
+    types += LAUNCHES * [TensorType(BF16, (EXPERTS, HIDDEN), GPU), TensorType(BF16, ("T", HIDDEN), GPU)]
+    with Graph("router", input_types=types) as graph:
+        bias, *launches = (value.tensor for value in graph.inputs)
+        outputs = list[TensorValue]()
+        for router, x in zip(launches[::2], launches[1::2], strict=True):
+            logits = kernels.linear(x, router, dtype=F32)
+            outputs += kernels.assign(logits, bias, top_k=TOP_K, normalize=True, scale=SCALE)
+        graph.output(*outputs)
+    return graph
+
+
 def route_graph() -> Graph:
     """(bias, then logits of every launch) -> ids and weights of every launch."""
     types = [TensorType(F32, (EXPERTS,), GPU), *LAUNCHES * [TensorType(F32, ("T", EXPERTS), GPU)]]
@@ -88,6 +105,7 @@ def group_graph() -> Graph:
 GRAPHS: dict[str, Build] = {
     "experts": experts_graph,
     "layer": layer_graph,
+    "router": router_graph,
     "route": route_graph,
     "group": group_graph,
 }

@@ -93,7 +93,7 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class SmallRow:
-    """One measurement of the router or the grouping."""
+    """One measurement of the router, of its choice alone or of the grouping."""
 
     op: str
     tokens: int

@@ -261,8 +261,32 @@ def measure_kernels(machine: Machine, experts: Experts, model: Model, variant: s
     return [KernelRow(variant, tokens, kernel.name, kernel.runs, 1e3 * kernel.milliseconds) for kernel in sums]
 
 
+def measure_router(machine: Machine, model: Model, tokens: int) -> SmallRow:
+    """Product and assignment: the choice against float64 but for near ties, its order against a stable sort."""
+    bias = torch.randn(EXPERTS, device=DEVICE) * 0.1
+    launches = [
+        (torch.randn(rows, HIDDEN, device=DEVICE) * size).to(torch.bfloat16)
+        for _ in range(LAUNCHES)
+        for rows, size in ((EXPERTS, HIDDEN**-0.5), (tokens, 1.0))
+    ]
+    operands = [Buffer.from_dlpack(tensor) for tensor in (bias, *launches)]
+    outputs = machine.execute(model, operands)
+    correct = True
+    for i in range(LAUNCHES):
+        ids, weights, rows, offsets = outputs[4 * i : 4 * i + 4]
+        router, x = (operand.double() for operand in launches[2 * i : 2 * i + 2])
+        scores = (x @ router.T).sigmoid()
+        chosen = scores.gather(1, ids.long())
+        keys, best = chosen + bias[ids.long()], (scores + bias).topk(TOP_K, 1).values
+        order = Routing.of(ids.long())
+        correct &= torch.allclose(keys, best, rtol=0, atol=1e-4)
+        correct &= torch.allclose(weights.double(), chosen * SCALE / chosen.sum(1, keepdim=True), rtol=1e-3)
+        correct &= torch.equal(rows, order.rows) and torch.equal(offsets, order.offsets)
+    return SmallRow("router", tokens, 1e6 * statistics.median(machine.seconds(model, operands)), correct)
+
+
 def measure_route(machine: Machine, model: Model, tokens: int) -> SmallRow:
-    """The router against float64."""
+    """The router's choice against float64."""
     logits = [torch.randn(tokens, EXPERTS, device=DEVICE) for _ in range(LAUNCHES)]
     bias = torch.randn(EXPERTS, device=DEVICE) * 0.1
     operands = [Buffer.from_dlpack(tensor) for tensor in (bias, *logits)]
@@ -324,7 +348,11 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
                 for size in tokens
                 if size <= LAYER_TOKENS
             ]
-        small: tuple[tuple[str, Callable[..., SmallRow]], ...] = (("route", measure_route), ("group", measure_group))
+        small: tuple[tuple[str, Callable[..., SmallRow]], ...] = (
+            ("router", measure_router),
+            ("route", measure_route),
+            ("group", measure_group),
+        )
         for op, measure in small:
             file = folder / variant / f"{op}.mef"
             if file.exists():

@@ -51,16 +51,15 @@ comptime SCORES = 4608
 
 
 @always_inline
-def bring(bias: Floats, experts: Int):
+def bring(bias: Floats, share: Share):
     """Asks the cache that all multiprocessors share for what a choice adds; no value is looked at.
     """
     comptime if is_nvidia_gpu():
-        if Int(thread_idx.x) < experts:
-            inlined_assembly[
-                "prefetch.global.L2 [$0];",
-                NoneType,
-                constraints="l,~{memory}",
-            ](Int(bias.unsafe_offset(Int(thread_idx.x))))
+        inlined_assembly[
+            "prefetch.global.L2 [$0];",
+            NoneType,
+            constraints="l,~{memory}",
+        ](Int(bias.unsafe_offset(Int(share.first))))
 
 
 @__llvm_metadata(
@@ -103,9 +102,10 @@ def assign_kernel[
     var all = Int(experts)
     var each = Int(top_k)
     var share = Share(all)
-    bring(bias, all)
-    wait_on_dependent_grids()
+    bring(bias, share)
+    # The experts' kernel has something to read meanwhile, and waits for this one before it looks at a choice.
     launch_dependent_grids()
+    wait_on_dependent_grids()
     for first in range(0, Int(tokens), TOGETHER):
         var size = min(Int(tokens) - first, TOGETHER)
         # All warps have chosen from what stands here before.

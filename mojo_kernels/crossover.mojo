@@ -4,12 +4,7 @@ from max.gpu.host import DeviceContext
 
 from std.utils.static_tuple import StaticTuple
 
-from .dense_gpu import (
-    dense_fits,
-    linear_dense,
-    linear_dense_float32,
-    swiglu_dense,
-)
+from .dense_gpu import dense_fits, linear_dense, swiglu_dense
 from .down_gpu import SharedDown, down_fits, down_stream
 from .gate_up_gpu import (
     SharedGateUp,
@@ -19,6 +14,7 @@ from .gate_up_gpu import (
 )
 from .grouped_gpu import down_grouped, gate_up_grouped
 from .linear_gpu import MATRICES, linear_fits, linear_stream
+from .narrow_gpu import blocks_needed, linear_narrow, narrow_fits
 from .operands import Elements, Floats, Ids
 from .plain_gpu import down_plain, gate_up_plain, linear_plain, swiglu_plain
 from .stream_gpu import BFloats
@@ -29,6 +25,10 @@ comptime GROUPED_FROM_TOKENS = 12
 
 comptime DENSE_FROM_TOKENS = 33
 """From so many tokens on, dense layers run through WGMMA; below, their weights are streamed (on an H100)."""
+
+comptime NARROW_TO_BLOCKS = 160
+"""Up to so many blocks, a product has its weights in registers before the tokens are there: 288 rows, the router's, take
+144 for 64 tokens, and an H100 has 132 multiprocessors (estimated, not measured)."""
 
 comptime BF16 = DType.bfloat16
 
@@ -318,16 +318,16 @@ def linear_gpu[
 ) raises:
     """A dense product: see `step3p5_linear`."""
     comptime if (
-        ctx.default_device_info.compute == 9.0
+        ctx.default_device_info.api == "cuda"
         and x_dtype == BF16
         and dtype == BF16
-        and y_dtype == BF16
     ):
-        if tokens >= DENSE_FROM_TOKENS and dense_fits(
-            in_features, out_features
+        if (
+            narrow_fits(in_features, out_features)
+            and blocks_needed(tokens, out_features) <= NARROW_TO_BLOCKS
         ):
-            return linear_dense(
-                rebind[BFloats](y),
+            return linear_narrow(
+                y,
                 rebind[BFloats](x),
                 rebind[BFloats](w),
                 tokens,
@@ -339,13 +339,13 @@ def linear_gpu[
         ctx.default_device_info.compute == 9.0
         and x_dtype == BF16
         and dtype == BF16
-        and y_dtype == DType.float32
+        and (y_dtype == BF16 or y_dtype == DType.float32)
     ):
         if tokens >= DENSE_FROM_TOKENS and dense_fits(
             in_features, out_features
         ):
-            return linear_dense_float32(
-                rebind[Floats](y),
+            return linear_dense(
+                y,
                 rebind[BFloats](x),
                 rebind[BFloats](w),
                 tokens,

@@ -193,7 +193,8 @@ def gate_up_stream_gpu[
     """`act[slot] = silu(gate_e x_t) * (up_e x_t)`, and the same of the shared expert, which has every token.
 
     The shared expert is read before the preceding kernels have ended, which choose the routed ones and take more time
-    than they read. That is sound because they chose by the tokens, which were written before.
+    than they read. That is sound because they choose by the tokens: the first of them, the router's product, has waited
+    for these before it lets the next kernel begin.
     """
     var partials = Partials[WARPS, tiles]()
     var hits = HitList()

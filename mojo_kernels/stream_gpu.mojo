@@ -51,9 +51,11 @@ comptime SharedIds = Pointer[
 @always_inline
 def stream_piece(source: BFloats) -> Piece:
     """Reads weights: kept out of the first-level cache, which is for the tokens.
+
+    Not `ld.global.nc`: the assembler moves such reads behind the wait for the preceding kernel, which they are to precede.
     """
     var words = inlined_assembly[
-        "ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {$0, $1, $2, $3}, [$4];",
+        "ld.global.L1::no_allocate.L2::128B.v4.u32 {$0, $1, $2, $3}, [$4];",
         _RegisterPackType[UInt32, UInt32, UInt32, UInt32],
         constraints="=r,=r,=r,=r,l",
         has_side_effect=True,
