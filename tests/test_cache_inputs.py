@@ -1,27 +1,47 @@
-"""The short way to a step's cache inputs: tables and lengths are what the cache's own books say."""
+"""The short ways of the cache: tables, lengths and pages are what its own books say."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SEED
 from max.driver import CPU
-from max.nn.kv_cache import BatchCharacteristics
+from max.dtype import DType
+from max.graph import DeviceRef
+from max.nn.kv_cache import BatchCharacteristics, MHAKVCacheParams, MultiKVCacheParams
 from max.pipelines.context import TextContext
 from max.pipelines.kv_cache.paged_kv_cache.jenga_cache_manager import JengaKVCacheManager
-from speculation_harness import load, prompts_of, request
+from speculation_harness import prompts_of, request
 
 from step3p5.cache_inputs import Allocation, CacheInputs
-from step3p5.checkpoint_tensors import CheckpointDtype
-from step3p5.random_checkpoint.writer import write_random_checkpoint
 
-LONGEST = 1024
+LONGEST = 512
+PAGE_SIZE = 16
 REQUESTS = 6
+"""The most of a replica."""
 
-DEPTH = 3
+
+@pytest.fixture(params=[(1, 3), (2, 0)], ids=["one replica that drafts", "two replicas"])
+def manager(request: pytest.FixtureRequest) -> JengaKVCacheManager:
+    """A cache of two kinds of attention, one of them with a window."""
+    replicas, drafts = request.param
+    common: Any = {
+        "dtype": DType.float32,
+        "n_kv_heads": 1,
+        "head_dim": 16,
+        "num_layers": 1,
+        "devices": [DeviceRef.CPU()] * replicas,
+        "page_size": PAGE_SIZE,
+        "data_parallel_degree": replicas,
+        "enable_prefix_caching": True,
+        "speculative_method": "mtp" if drafts else None,
+        "num_draft_tokens": drafts,
+    }
+    kinds = {"full": MHAKVCacheParams(**common), "sliding": MHAKVCacheParams(**common, window_size=3 * PAGE_SIZE)}
+    return JengaKVCacheManager.create(
+        params=MultiKVCacheParams.from_params(kinds), available_bytes=32 << 20, max_batch_size=16, max_seq_len=LONGEST
+    )
 
 
 class Counted:
@@ -33,16 +53,6 @@ class Counted:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.calls += 1
         return self.function(*arguments, **options)
-
-
-@pytest.fixture(scope="module")
-def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JengaKVCacheManager]:
-    """A cache of two kinds of attention, one of them with a window of less than a page."""
-    folder = tmp_path_factory.mktemp("cache_inputs") / "tiny"
-    write_random_checkpoint(folder, "tiny", None, CheckpointDtype.FLOAT32, SEED)
-    with load(folder, DEPTH, enable_prefix_caching=True) as model:
-        pipeline: Any = model.pipeline
-        yield pipeline.kv_manager
 
 
 class Books:
@@ -58,25 +68,30 @@ class Books:
         self.prepared, self.allocated = Counted(manager.runtime_inputs), Counted(manager.alloc)
         manager.runtime_inputs, manager.alloc = self.prepared, self.allocated
         self.inputs, self.alloc = CacheInputs(manager), Allocation(manager)
-        manager.runtime_inputs, manager.alloc = self.prepared.function, self.allocated.function
-        self.prompt = prompts_of(rng, 120)[0]
-        self.running: list[TextContext] = []
-        self.prompt_tokens = 0
+        self.drafts = manager.params.num_draft_tokens
+        self.running: list[list[TextContext]] = [[] for _ in range(manager.params.data_parallel_degree)]
+        self.prompt = prompts_of(rng, 20)[0]
+        self.tokens = 0
+        """That were asked room for."""
 
-    def join(self) -> None:
+    def join(self, replica: int) -> None:
         """A new request reads its prompt; half of them the same one, whose pages the cache then shares."""
-        prompt = self.prompt if self.rng.random() < 0.5 else prompts_of(self.rng, int(self.rng.integers(1, 140)))[0]
-        context = request(prompt, LONGEST - 200)
-        self.prompt_tokens += len(prompt)
-        self.manager.claim(context, replica_idx=0)
-        self.alloc(context).synchronize()
-        self.inputs([[context]])
+        prompt = self.prompt if self.rng.random() < 0.5 else prompts_of(self.rng, int(self.rng.integers(1, 40)))[0]
+        context = request(prompt, int(self.rng.integers(50, 400)))
+        self.manager.claim(context, replica_idx=replica)
+        self.make_room(context)
+        self.inputs([[context] if index == replica else [] for index in range(len(self.running))])
         self.go_on(context)
-        self.running.append(context)
+        self.running[replica].append(context)
 
-    def leave(self) -> None:
-        """Some request is done."""
-        self.manager.release(self.running.pop(int(self.rng.integers(len(self.running)))))
+    def leave(self, replica: int, index: int) -> None:
+        """A request is done."""
+        self.manager.release(self.running[replica].pop(index))
+
+    def make_room(self, context: TextContext) -> None:
+        """What a scheduler does before each step."""
+        self.alloc(context).synchronize()
+        self.tokens += context.tokens.active_length
 
     def go_on(self, context: TextContext, tokens: int = 1) -> None:
         """A request gets tokens, as a step would give them."""
@@ -84,57 +99,59 @@ class Books:
             context.update(7)
         self.manager.step(context)
 
-    def check(self, batch: list[TextContext]) -> None:
-        """A step of `batch` takes the pages and lengths that it should."""
-        drafts = int(self.rng.integers(DEPTH + 1))
-        for context in batch:
-            context.spec_decoding_state.draft_tokens_to_verify = [0] * drafts
-            context.spec_decoding_state.maybe_accepted_draft_tokens = [0] * int(self.rng.integers(DEPTH + 1))
-            self.alloc(context).synchronize()
-        found: Any = self.inputs(
-            [batch],
-            max_cache_length=LONGEST,
-            batch_characteristics=BatchCharacteristics(len(batch), DEPTH + 1, LONGEST),
-        )
+    def check(self, batches: list[list[TextContext]]) -> None:
+        """A step of `batches` takes the pages and lengths that it should."""
+        width = int(self.rng.integers(self.drafts + 1))
+        for context in (context for batch in batches for context in batch):
+            state = context.spec_decoding_state
+            state.draft_tokens_to_verify = [0] * width
+            state.maybe_accepted_draft_tokens = [0] * int(self.rng.integers(self.drafts + 1))
+            self.make_room(context)
+        most = BatchCharacteristics(max(map(len, batches)), self.drafts + 1, LONGEST)
+        found: Any = self.inputs(batches, max_cache_length=LONGEST, batch_characteristics=most)
         CPU().synchronize()
+        for replica, batch in enumerate(batches):
+            self.check_replica({kind: caches[replica] for kind, caches in found.items()}, batch, width)
+        for context in (context for batch in batches for context in batch):
+            self.go_on(context, int(self.rng.integers(1, width + 2)))
+
+    def check_replica(self, caches: dict[str, Any], batch: list[TextContext], width: int) -> None:
+        """The pages of `batch` as far as it reads and writes them, and its lengths."""
         states = [context.spec_decoding_state for context in batch]
         lengths = [
             context.tokens.processed_length + len(state.maybe_accepted_draft_tokens)
             for context, state in zip(batch, states, strict=True)
         ]
         blocks = [self.manager.get_req_blocks_per_leaf(context) for context in batch]
-        page_size = self.manager.params.page_size
-        assert len(found) == len(blocks[0]) == 2
-        for kind, (cache,) in found.items():
-            (leaf,) = [name for name in blocks[0] if name.startswith(kind)]
+        assert len(caches) == 2
+        for kind, cache in caches.items():
             np.testing.assert_array_equal(cache.cache_lengths.to_numpy(), lengths)
-            table = cache.lookup_table.to_numpy()
-            for row, own, length in zip(table, blocks, lengths, strict=True):
-                needed = -(-(length + 1 + drafts) // page_size)
+            for row, own, length in zip(cache.lookup_table.to_numpy(), blocks, lengths, strict=True):
+                (leaf,) = [name for name in own if name.startswith(kind)]
+                needed = -(-(length + 1 + width) // PAGE_SIZE)
                 assert row[:needed].tolist() == own[leaf][:needed]
-        for context in batch:
-            self.go_on(context, int(self.rng.integers(1, drafts + 2)))
 
 
-def test_tables_and_lengths_follow_the_cache(manager: JengaKVCacheManager, rng: np.random.Generator) -> None:
+def test_the_short_ways_follow_the_cache(manager: JengaKVCacheManager, rng: np.random.Generator) -> None:
     """Requests come, leave, are left out of steps, change places, get pages, lose those behind a window, share them."""
     books = Books(manager, rng)
-    steps, decodes, counted = 600, 0, manager.metrics.input_tokens
+    steps, decodes = 800, 0
     for _ in range(steps):
-        books.running = [context for context in books.running if len(context.tokens) < context.max_length - 8]
-        if len(books.running) < REQUESTS and (not books.running or rng.random() < 0.1):
-            books.join()
-        elif len(books.running) > 1 and rng.random() < 0.02:
-            books.leave()
-        batch = list(books.running)
+        for replica, running in enumerate(books.running):
+            for index in reversed(range(len(running))):
+                if len(running[index].tokens) + books.drafts + 1 >= running[index].max_length:
+                    books.leave(replica, index)
+            if len(running) < REQUESTS and (not running or rng.random() < 0.05):
+                books.join(replica)
+            elif len(running) > 1 and rng.random() < 0.02:
+                books.leave(replica, int(rng.integers(len(running))))
+        batches = [list(running) for running in books.running]
         if rng.random() < 0.05:
-            rng.shuffle(batch)
+            batches[0].reverse()
         if rng.random() < 0.05:
-            batch = batch[1:] or batch
-        books.check(batch)
-        decodes += len(batch)
+            batches[0] = batches[0][1:] or batches[0]
+        books.check(batches)
+        decodes += sum(map(len, batches))
     assert books.prepared.calls < steps / 2
-    assert books.allocated.calls < decodes / 10
-    assert manager.metrics.input_tokens - counted == decodes + books.prompt_tokens
-    while books.running:
-        books.leave()
+    assert books.allocated.calls < decodes / 4
+    assert manager.metrics.input_tokens == books.tokens

@@ -291,13 +291,16 @@ class SteadyCycle:
         """Whether the last cycle ran as all that follow will: nothing was captured in it."""
         return self._cycles > SETTLED + 1
 
-    def end(self) -> tuple[Drafted, list[Rows]]:
-        """What the last cycle drafted, and the hidden states of each request's last positions, as copies."""
-        drafted = self._reader.start([drafts.copy() for drafts in self._drafted])
+    def drafted(self) -> Drafted:
+        """What the last cycle drafted, as a copy."""
+        return self._reader.start([drafts.copy() for drafts in self._drafted])
+
+    def kept(self) -> list[Rows]:
+        """The hidden states of each request's last positions, as a copy."""
         shape = (self.batch_size * self._graphs.keep, self._graphs.hidden_size)
         rows = self._kept.copy().view(self._kept.dtype, shape)
         kept: Rows = rows_to_host(rows) if self._device.is_host else DeviceRows(0, shape[0], KeptRows(rows))
-        return drafted, split_rows(kept, [self._graphs.keep] * self.batch_size)
+        return split_rows(kept, [self._graphs.keep] * self.batch_size)
 
     def forget_captures(self) -> None:
         """Releases what was captured for this batch size and depth."""
