@@ -65,6 +65,7 @@ def bring(bias: Floats, share: Share):
 @__llvm_metadata(
     MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](MAX_THREADS)
 )
+@__name(t"step3p5_assign_{normalize}_{experts_a_lane}")
 def assign_kernel[
     normalize: Bool, experts_a_lane: Int
 ](

@@ -52,6 +52,7 @@ comptime LOG2_E = Float32(1.4426950408889634)
         Int32(ROW_TILES * GROUPS * WARP_SIZE)
     )
 )
+@__name(t"step3p5_attend_few_{ROW_TILES}_{GROUPS}")
 def attend_few_kernel[
     ROW_TILES: Int, GROUPS: Int
 ](queries: BFloatQueries, parts: Parts):

@@ -69,6 +69,7 @@ struct Queries[dtype: DType](DevicePassable, TrivialRegisterPassable):
         return values
 
 
+@__name(t"step3p5_attend_{dtype}")
 def attend_kernel[dtype: DType](queries: Queries[dtype], tokens: Int32):
     """One head of one token: online softmax over the keys up to its own position.
     """

@@ -54,6 +54,7 @@ struct Parts(DevicePassable, TrivialRegisterPassable):
         return self.softmax.unsafe_offset((part * self.queries + query) * 2)
 
 
+@__name("step3p5_attend_merge")
 def merge_kernel(result: Elements[DType.bfloat16], parts: Parts):
     """A warp joins the parts of one query, in their order; lane `p` looks at part `p`.
     """

@@ -26,6 +26,7 @@ from .mailbox_gpu import (
 from .operands import Elements, Floats, Ids, elements, expect_size
 
 
+@__name(t"step3p5_send_sums_{dtype}")
 def send_sums[
     dtype: DType
 ](
@@ -57,6 +58,7 @@ def send_sums[
     boxes.announce(SUMS)
 
 
+@__name(t"step3p5_receive_sums_{dtype}")
 def receive_sums[
     dtype: DType
 ](

@@ -18,6 +18,9 @@ trait DenseOutput(Deinitable, ImplicitlyCopyable):
     comptime dtype: DType
     """Type of the results."""
 
+    comptime NAME: StaticString
+    """In the names of kernels."""
+
     comptime BOX_ROWS: Int
     """Weight rows that one TMA copy brings."""
 
@@ -72,6 +75,7 @@ struct LinearOutput[element: DType](DenseOutput, ImplicitlyCopyable):
 
     comptime dtype = Self.element
 
+    comptime NAME: StaticString = "linear"
     comptime BOX_ROWS = TILE_M
     comptime TENSORS = 1
     comptime MATRICES = 2
@@ -145,6 +149,7 @@ struct SwigluOutput(DenseOutput, ImplicitlyCopyable):
 
     comptime dtype = DType.bfloat16
 
+    comptime NAME: StaticString = "swiglu"
     comptime BOX_ROWS = 8
     comptime TENSORS = 2
     comptime MATRICES = 1

@@ -158,6 +158,7 @@ def store_share[
 @__llvm_arg_metadata(first, `nvvm.grid_constant`)
 @__llvm_arg_metadata(second, `nvvm.grid_constant`)
 @__llvm_arg_metadata(x, `nvvm.grid_constant`)
+@__name(t"step3p5_dense_split_{D.NAME}_{D.dtype}_{N}_{STAGES}_{BLOCKS}")
 def dense_split[
     D: DenseOutput,
     N: Int,

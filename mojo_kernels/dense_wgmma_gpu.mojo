@@ -57,6 +57,7 @@ struct DenseTile(ImplicitlyCopyable):
 @__llvm_arg_metadata(first, `nvvm.grid_constant`)
 @__llvm_arg_metadata(second, `nvvm.grid_constant`)
 @__llvm_arg_metadata(x, `nvvm.grid_constant`)
+@__name(t"step3p5_dense_{D.NAME}_{D.dtype}_{N}_{STAGES}")
 def dense_wgmma[
     D: DenseOutput,
     N: Int,

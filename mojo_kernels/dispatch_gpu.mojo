@@ -37,6 +37,7 @@ def copy_row[
         )
 
 
+@__name(t"step3p5_send_tokens_{dtype}")
 def send_tokens[
     dtype: DType
 ](
@@ -63,6 +64,7 @@ def send_tokens[
     boxes.announce(TOKENS)
 
 
+@__name(t"step3p5_receive_tokens_{dtype}")
 def receive_tokens[
     dtype: DType
 ](

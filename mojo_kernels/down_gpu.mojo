@@ -57,6 +57,7 @@ comptime MAX_TOKENS = 1024
     MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
 )
 @__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
+@__name(t"step3p5_down_stream_{dtype}_{tiles}")
 def down_stream_gpu[
     dtype: DType, tiles: Int
 ](

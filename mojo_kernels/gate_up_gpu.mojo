@@ -169,6 +169,7 @@ def stream_gate_up[
     MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
 )
 @__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
+@__name(t"step3p5_gate_up_stream_{dtype}_{tiles}")
 def gate_up_stream_gpu[
     dtype: DType, tiles: Int
 ](
@@ -229,6 +230,7 @@ def gate_up_stream_gpu[
     MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
 )
 @__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
+@__name(t"step3p5_swiglu_stream_{dtype}_{tiles}")
 def swiglu_stream_gpu[
     dtype: DType, tiles: Int
 ](

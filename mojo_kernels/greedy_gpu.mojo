@@ -170,6 +170,7 @@ def greatest[
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
 @__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
+@__name(t"step3p5_greedy_{width}")
 def greedy_kernel[
     width: Int
 ](
@@ -217,6 +218,7 @@ def greedy_kernel[
         ](SIMD[DType.int32, 2](bitcast[DType.int32, 1](best.logit), best.place))
 
 
+@__name("step3p5_greedy_merge")
 def greedy_merge_kernel(
     ids: Elements[DType.int64], found: Ids, rows: Int32, parts: Int32
 ):

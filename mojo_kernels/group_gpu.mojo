@@ -100,6 +100,7 @@ def scan_counts(starts: SharedIds, counts: SharedIds, experts: Int):
         starts[unsafe_offset=experts] = before
 
 
+@__name("step3p5_group")
 def group_kernel(
     rows: Ids, offsets: Ids, ids: Ids, total: Int32, experts: Int32
 ):

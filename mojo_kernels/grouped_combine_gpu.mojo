@@ -18,6 +18,7 @@ comptime WIDTH = 8
 """Columns a thread: 16 bytes of the parts."""
 
 
+@__name("step3p5_grouped_places")
 def places_kernel(
     places: Pointer[Int32, MutAnyOrigin],
     rows: Pointer[Int32, MutAnyOrigin],
@@ -52,6 +53,7 @@ def launch_places(
     )
 
 
+@__name(t"step3p5_grouped_combine_{y_dtype}_{unroll}_{based}")
 def combine_gpu[
     y_dtype: DType, unroll: Int, based: Bool
 ](

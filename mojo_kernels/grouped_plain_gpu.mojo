@@ -46,6 +46,7 @@ def dots[
     return result
 
 
+@__name(t"step3p5_grouped_gate_up_plain_{width}")
 def gate_up_plain[
     width: Int
 ](
@@ -92,6 +93,7 @@ def gate_up_plain[
                 ] = result[b]
 
 
+@__name(t"step3p5_grouped_down_plain_{width}")
 def down_plain[
     width: Int
 ](

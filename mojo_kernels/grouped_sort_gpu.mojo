@@ -21,6 +21,7 @@ comptime ROWS = 8
 """Rows a block, which a thread reads before it writes the first."""
 
 
+@__name("step3p5_grouped_sort")
 def sort_kernel(
     sorted: Pointer[BFloat16, MutAnyOrigin],
     x: Pointer[BFloat16, MutAnyOrigin],

@@ -68,6 +68,7 @@ def widths[MAX_N: Int]() -> List[Int]:
 @__llvm_arg_metadata(first, `nvvm.grid_constant`)
 @__llvm_arg_metadata(second, `nvvm.grid_constant`)
 @__llvm_arg_metadata(x, `nvvm.grid_constant`)
+@__name(t"step3p5_grouped_{D.NAME}_{D.dtype}_{MAX_N}_{STAGES}_{SHARERS}_{BOX}")
 def grouped_wgmma[
     D: DenseOutput,
     MAX_N: Int,

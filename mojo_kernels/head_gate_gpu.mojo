@@ -30,6 +30,7 @@ def gate_factor(gate: Float32) -> Float32:
     return gate if isnan(gate) else recip(1 + exp(-gate))
 
 
+@__name(t"step3p5_head_gate_{dtype}_{width}_{at_once}")
 def head_gate_kernel[
     dtype: DType, width: Int, at_once: Int
 ](

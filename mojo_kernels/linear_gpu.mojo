@@ -101,6 +101,7 @@ struct LinearWeights[dtype: DType](ImplicitlyCopyable):
     MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
 )
 @__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
+@__name(t"step3p5_linear_stream_{dtype}_{tiles}")
 def linear_stream_gpu[
     dtype: DType, tiles: Int
 ](

@@ -72,6 +72,7 @@ def request[
 @__llvm_metadata(
     MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(WARPS * LANES))
 )
+@__name(t"step3p5_linear_narrow_{dtype}_{tiles}")
 def linear_narrow_gpu[
     dtype: DType, tiles: Int
 ](

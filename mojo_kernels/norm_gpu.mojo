@@ -39,6 +39,7 @@ def write[
     )
 
 
+@__name(t"step3p5_norm_{dtype}_{delta_dtype}_{weight_dtype}_{adds}_{width}")
 def norm_kernel[
     dtype: DType,
     delta_dtype: DType,

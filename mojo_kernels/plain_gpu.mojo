@@ -79,6 +79,7 @@ def expert_of(offsets: Ids, experts: Int, slot: Int) -> Int:
     return low
 
 
+@__name(t"step3p5_gate_up_plain_{x_dtype}_{dtype}_{act_dtype}_{width}")
 def gate_up_plain_gpu[
     x_dtype: DType, dtype: DType, act_dtype: DType, width: Int
 ](
@@ -111,6 +112,7 @@ def gate_up_plain_gpu[
         ).cast[act_dtype]()
 
 
+@__name(t"step3p5_swiglu_plain_{x_dtype}_{dtype}_{act_dtype}_{width}")
 def swiglu_plain_gpu[
     x_dtype: DType, dtype: DType, act_dtype: DType, width: Int
 ](
@@ -137,6 +139,7 @@ def swiglu_plain_gpu[
         ).cast[act_dtype]()
 
 
+@__name("step3p5_invert")
 def invert_gpu(slots: Ids, rows: Ids, count: Int32):
     """`slots[rows[s]] = s`."""
     var slot = Int(global_idx.x)
@@ -144,6 +147,7 @@ def invert_gpu(slots: Ids, rows: Ids, count: Int32):
         slots[unsafe_offset=Int(rows[unsafe_offset=slot])] = Int32(slot)
 
 
+@__name(t"step3p5_down_plain_{act_dtype}_{dtype}_{y_dtype}_{width}")
 def down_plain_gpu[
     act_dtype: DType, dtype: DType, y_dtype: DType, width: Int
 ](
@@ -179,6 +183,7 @@ def down_plain_gpu[
         y[unsafe_offset=token * Int(hidden_size) + h] = total.cast[y_dtype]()
 
 
+@__name(t"step3p5_linear_plain_{x_dtype}_{dtype}_{y_dtype}_{width}")
 def linear_plain_gpu[
     x_dtype: DType, dtype: DType, y_dtype: DType, width: Int
 ](

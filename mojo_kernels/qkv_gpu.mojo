@@ -105,6 +105,7 @@ def aligned[dtype: DType, width: Int]() -> Int:
     return min(width * size_of[dtype](), 16)
 
 
+@__name(t"step3p5_qkv_{dtype}_{weight_dtype}_{normalize}_{width}")
 def qkv_kernel[
     dtype: DType, weight_dtype: DType, normalize: Bool, width: Int
 ](heads: Heads[dtype], form: HeadForm[weight_dtype], tokens: Int32):
@@ -138,6 +139,7 @@ def qkv_kernel[
             )
 
 
+@__name(t"step3p5_whole_heads_{dtype}_{weight_dtype}_{normalize}_{at_once}")
 def whole_heads_kernel[
     dtype: DType, weight_dtype: DType, normalize: Bool, at_once: Int
 ](heads: Heads[dtype], form: HeadForm[weight_dtype]):

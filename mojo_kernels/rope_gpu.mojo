@@ -38,6 +38,7 @@ def cosine_and_sine(turn: Int64) -> Tuple[Float64, Float64]:
     return cosine, sine
 
 
+@__name("step3p5_rope_table")
 def rope_table_kernel(
     table: Floats,
     row_offsets: Elements[DType.uint32],

@@ -37,6 +37,7 @@ def warp_best(key: Int32, index: Int32) -> Int32:
     return best
 
 
+@__name(t"step3p5_route_{normalize}")
 def route_kernel[
     normalize: Bool
 ](
