@@ -15,6 +15,7 @@ from max.pipelines.modeling.types import PipelineOutputsDict
 from max.support.algorithm import flatten2d
 from typing_extensions import override
 
+from ..steady_batch import in_same_order
 from .acceptance import commit
 from .arrangement import ArrangingPipeline, Joining, forget_drafts
 from .policy import DraftPlan
@@ -39,19 +40,27 @@ class SpeculativePipeline(ArrangingPipeline):
             return super()._execute_batches(batches)
         batch = flatten2d(batches)
         self._forget_gone()
-        advanced = self._end_run_without(batch)
-        batch = [context for context in batch if not context.is_done]
-        run, joining = self._run, Joining()
-        if run is not None and run.launched is not None and any(context in run for context in batch):
-            joining = self._joining(run, batch)
-            rest = [c for c in batch if c not in run and c.request_id not in joining]
-            self._planned_ahead = DraftPlan(self._plan.depth, len(rest)) if any(map(is_running, rest)) else None
-        else:
-            run, rest = self._arrange(batch)
+        run, joining, rest = self._run, Joining(), list[TextContext]()
+        advanced: list[Advanced] = []
+        if run is None or run.launched is None or not in_same_order(run.contexts, batch):
+            advanced = self._end_run_without(batch)
+            batch = [context for context in batch if not context.is_done]
+            run, joining, rest = self._run_and_rest(batch)
         if run is not None:
             advanced += self._execute_cycle(run, joining, rest)
         outputs = super()._execute_batches([rest]) if rest else {}
         return outputs_of(context for context, _ in advanced if context.request_id not in outputs) | outputs
+
+    def _run_and_rest(self, batch: Sequence[TextContext]) -> tuple[SteadyRun | None, Joining, list[TextContext]]:
+        """What goes through a cycle now, if anything, who joins it behind that, and who takes another kind of step."""
+        run = self._run
+        if run is None or run.launched is None or not any(context in run for context in batch):
+            run, rest = self._arrange(batch)
+            return run, Joining(), rest
+        joining = self._joining(run, batch)
+        rest = [context for context in batch if context not in run and context.request_id not in joining]
+        self._planned_ahead = DraftPlan(self._plan.depth, len(rest)) if any(map(is_running, rest)) else None
+        return run, joining, rest
 
     def _end_run_without(self, batch: Sequence[TextContext]) -> list[Advanced]:
         """Ends the run if requests of it are left out of a step that is not one of prompts alone.
@@ -106,10 +115,10 @@ class SpeculativePipeline(ArrangingPipeline):
 
     def _surely_goes_on(self, run: SteadyRun) -> bool:
         """Whether after the cycle that is launched another one follows, if no text ends in it."""
-        longest = self._longest_to_draft - run.cycle.depth - 1
+        gain = run.cycle.depth + 1
         return run.takes_the_best and all(
-            len(context.tokens) <= longest and len(context.tokens) + run.cycle.depth + 1 < context.max_length
-            for context in run.contexts
+            member.end + 1 + gain <= self._longest_to_draft and member.end + 1 + gain < member.context.max_length
+            for _, member in run
         )
 
     def _cache_inputs(self, run: SteadyRun) -> Caches:
