@@ -3,6 +3,7 @@
 
 from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
 from max.gpu.primitives import warp
+from max.gpu.sync import syncwarp
 from std.sys import is_nvidia_gpu
 from std.sys._assembly import inlined_assembly
 
@@ -146,6 +147,50 @@ def sum_in_order(value: Float32, count: Int) -> Float32:
         comptime for i in range(TOGETHER):
             total += warp.shuffle_idx(value, UInt32(first + i))
     return total
+
+
+@always_inline
+def assign_experts[
+    normalize: Bool, experts_a_lane: Int
+](
+    ids: Ids,
+    weights: Floats,
+    chosen: SharedIds,
+    scores: SharedFloats,
+    keys: SharedIds,
+    experts: Int,
+    top_k: Int,
+    scale: Float32,
+):
+    """A warp chooses a token's experts and weighs them; a lane weighs one, so that `top_k` is at most `WARP_SIZE`.
+
+    Parameters:
+        normalize: See `step3p5_moe_route`.
+        experts_a_lane: At least `experts / WARP_SIZE`.
+
+    Args:
+        ids: Result, the token's `[top_k]`.
+        weights: Result, likewise.
+        chosen: The same experts, in shared memory.
+        scores: Of the token's experts `[experts]`.
+        keys: See `choose_experts`.
+        experts: Number of experts.
+        top_k: How many of them to choose.
+        scale: Multiplies the weights last.
+    """
+    choose_experts[experts_a_lane](chosen, keys, experts, top_k)
+    syncwarp()
+    var lane = Int(lane_id())
+    var expert = Int32(0)
+    var weight = Float32(0)
+    if lane < top_k:
+        expert = chosen[unsafe_offset=lane]
+        weight = scores[unsafe_offset=Int(expert)]
+    comptime if normalize:
+        weight /= sum_in_order(weight, top_k) + 1e-20
+    if lane < top_k:
+        ids[unsafe_offset=lane] = expert
+        weights[unsafe_offset=lane] = weight * scale
 
 
 @always_inline

@@ -12,10 +12,14 @@ from max.gpu.primitives.grid_controls import (
 )
 from max.gpu.sync import syncwarp
 from std.math import ceildiv
+from std.memory import unsafe_stack_allocation
 from std.sys import size_of
 
+from .choose_gpu import assign_experts
+from .group_gpu import SharedIds
 from .operands import Floats, Ids
 from .score import order_key, sigmoid
+from .stream_gpu import SharedFloats
 
 comptime WARPS = 4
 """Tokens of a block."""
@@ -37,8 +41,8 @@ def warp_best(key: Int32, index: Int32) -> Int32:
     return best
 
 
-@__name(t"step3p5_route_{normalize}")
-def route_kernel[
+@__name(t"step3p5_route_any_{normalize}")
+def route_any_kernel[
     normalize: Bool
 ](
     ids: Ids,
@@ -99,6 +103,64 @@ def route_kernel[
         weights[unsafe_offset=token * Int(top_k) + k] = weight * scale
 
 
+@__name(t"step3p5_route_{normalize}_{experts_a_lane}")
+def route_kernel[
+    normalize: Bool, experts_a_lane: Int
+](
+    ids: Ids,
+    weights: Floats,
+    logits: Floats,
+    bias: Floats,
+    tokens: Int32,
+    experts: Int32,
+    top_k: Int32,
+    scale: Float32,
+):
+    """As `route_any_kernel`; the lanes choose from registers.
+
+    Parameters:
+        normalize: See `step3p5_moe_route`.
+        experts_a_lane: At least `experts / WARP_SIZE`.
+    """
+    comptime EXPERTS = experts_a_lane * WARP_SIZE
+    var scores: SharedFloats = unsafe_stack_allocation[
+        WARPS * EXPERTS, Float32, address_space=AddressSpace.SHARED
+    ]()
+    var keys: SharedIds = unsafe_stack_allocation[
+        WARPS * EXPERTS, Int32, address_space=AddressSpace.SHARED
+    ]()
+    var chosen: SharedIds = unsafe_stack_allocation[
+        WARPS * WARP_SIZE, Int32, address_space=AddressSpace.SHARED
+    ]()
+    wait_on_dependent_grids()
+    launch_dependent_grids()
+    var of_block = Int(warp_id())
+    var token = Int(block_idx.x) * WARPS + of_block
+    if token >= Int(tokens):
+        return
+    var all = Int(experts)
+    var each = Int(top_k)
+    scores = scores.unsafe_offset(of_block * EXPERTS)
+    keys = keys.unsafe_offset(of_block * EXPERTS)
+    comptime for i in range(experts_a_lane):
+        var e = i * WARP_SIZE + Int(lane_id())
+        if e < all:
+            var score = sigmoid(logits[unsafe_offset=token * all + e])
+            scores[unsafe_offset=e] = score
+            keys[unsafe_offset=e] = order_key(score + bias[unsafe_offset=e])
+    syncwarp()
+    assign_experts[normalize, experts_a_lane](
+        ids.unsafe_offset(token * each),
+        weights.unsafe_offset(token * each),
+        chosen.unsafe_offset(of_block * WARP_SIZE),
+        scores,
+        keys,
+        all,
+        each,
+        scale,
+    )
+
+
 def route_gpu[
     normalize: Bool
 ](
@@ -112,10 +174,32 @@ def route_gpu[
     scale: Float32,
     ctx: DeviceContext,
 ) raises:
-    """Enqueues `route_kernel`."""
+    """Enqueues `route_kernel`, or `route_any_kernel` for more experts than a warp holds or chooses.
+    """
     if tokens == 0 or top_k == 0:
         return
-    comptime kernel = route_kernel[normalize]
+
+    def enqueue[experts_a_lane: Int]() raises {imm}:
+        comptime kernel = route_kernel[normalize, experts_a_lane]
+        ctx.enqueue_function[kernel](
+            ids,
+            weights,
+            logits,
+            bias,
+            Int32(tokens),
+            Int32(experts),
+            Int32(top_k),
+            scale,
+            grid_dim=ceildiv(tokens, WARPS),
+            block_dim=WARPS * WARP_SIZE,
+            attributes=pdl_launch_attributes(PDLLevel.ON),
+        )
+
+    if top_k <= WARP_SIZE:
+        comptime for experts_a_lane in [4, 9, 16]:
+            if experts <= experts_a_lane * WARP_SIZE:
+                return enqueue[experts_a_lane]()
+    comptime kernel = route_any_kernel[normalize]
     ctx.enqueue_function[kernel](
         ids,
         weights,
