@@ -110,9 +110,11 @@ class CacheInputs:
             )
         shape = tuple(map(len, batches)), max_cache_length, batch_characteristics
         if shape == self._shape and self._inputs is not None:
+            self._shape = None  # until all is on its way
             for replica_idx in range(len(batches)):
                 self._manager.offload(replica_idx)
             self._write(batches, reaches)
+            self._shape = shape
             return self._inputs
         self._shape = None
         self._inputs = self._prepare(
