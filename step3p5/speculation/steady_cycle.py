@@ -9,9 +9,8 @@ can be captured. The host learns what was drawn and accepted while the depths dr
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,8 +24,9 @@ from ..model import cache_leaves
 from ..mtp import UNKNOWN_TOKEN
 from .captured import CapturedGraph
 from .drafted import Drafted, DraftReader
-from .host_rows import host_dtype, rows_from_host, rows_to_host
-from .kept_rows import DeviceRows, KeptRows, Rows, concatenated, split_rows
+from .host_rows import rows_to_host
+from .kept_rows import DeviceRows, KeptRows, Rows, split_rows
+from .row_copies import copies_of_rows, copies_to_places
 from .rows import Int64
 from .transfers import OneCopy
 
@@ -188,34 +188,14 @@ class SteadyCycle:
         kept_rows = self._kept.view(self._kept.dtype, (self.batch_size * keep, hidden_size))
         pieces = [piece for start in starts.values() for piece in start.kept]
         copies = [
-            *_copies(window_rows, Buffer.from_numpy(windows.reshape(-1)), starts, keep + 1),
-            *_copies(self._verified, Buffer.from_numpy(verified.reshape(-1)), starts, width),
+            *copies_to_places(window_rows, Buffer.from_numpy(windows.reshape(-1)), starts, keep + 1),
+            *copies_to_places(self._verified, Buffer.from_numpy(verified.reshape(-1)), starts, width),
         ]
         rows = [row for place in starts for row in range(place * keep, (place + 1) * keep)]
-        copies += self._copies_of_rows(kept_rows, rows, pieces)
+        copies += copies_of_rows(kept_rows, rows, pieces)
         to, sources = zip(*copies, strict=True)
         batch_inplace_copy(to, sources)
         self._begun.append(sources)
-
-    def _copies_of_rows(
-        self, to: Buffer, rows: Sequence[int], pieces: Sequence[Rows]
-    ) -> Iterator[tuple[Buffer, Buffer]]:
-        """Copies of all `pieces`, one after the other, to `rows` of `to`, each from where it is."""
-        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-        on_device: list[tuple[int, KeptRows, int]] = []
-        on_host: list[Rows] = []
-        rows_on_host: list[int] = []
-        for piece, end in zip(pieces, ends, strict=True):
-            own = rows[end - len(piece) : end]
-            if isinstance(piece, DeviceRows) and not self._device.is_host:
-                on_device += [(row, piece.kept, at) for row, at in zip(own, range(piece.start, piece.end), strict=True)]
-            else:
-                on_host.append(piece)
-                rows_on_host += own
-        yield from _copies_of_kept(to, on_device)
-        if on_host:
-            host = concatenated(on_host, self._graphs.hidden_size, host_dtype(to.dtype))
-            yield from _copies(to, rows_from_host(host, to.dtype, self._device), rows_on_host, 1)
 
     def at_lengths(self, caches: Caches, lengths: Int64) -> Caches:
         """The same caches with `lengths` positions of each request in them."""
@@ -355,33 +335,6 @@ class SteadyCycle:
 
     def _constant(self, values: npt.NDArray[Any]) -> Buffer:
         return Buffer.from_numpy(values).to(self._device)
-
-
-def _copies(to: Buffer, source: Buffer, places: Iterable[int], size: int) -> Iterator[tuple[Buffer, Buffer]]:
-    """Copies of `source`, which has `size` rows for each of the ascending `places` of `to`: one for places in a row."""
-    at = 0
-    for _, group in itertools.groupby(enumerate(places), key=lambda one: one[1] - one[0]):
-        own = [place for _, place in group]
-        count = len(own) * size
-        yield _rows(to, own[0] * size, count), _rows(source, at, count)
-        at += count
-
-
-def _copies_of_kept(to: Buffer, rows: Iterable[tuple[int, KeptRows, int]]) -> Iterator[tuple[Buffer, Buffer]]:
-    """Copies of kept rows to rows of `to`, each `(row, kept, kept row)`: one for those in a row on both sides."""
-
-    def span(one: tuple[int, tuple[int, KeptRows, int]]) -> tuple[int, int, int]:
-        index, (row, kept, kept_row) = one
-        return id(kept), row - index, kept_row - index
-
-    for _, group in itertools.groupby(enumerate(rows), key=span):
-        own = [one for _, one in group]
-        row, kept, kept_row = own[0]
-        yield _rows(to, row, len(own)), _rows(kept.on_device, kept_row, len(own))
-
-
-def _rows(buffer: Buffer, first: int, count: int) -> Buffer:
-    return buffer[(slice(first, first + count), *[slice(None)] * (buffer.rank - 1))]
 
 
 class SteadyCycles:
