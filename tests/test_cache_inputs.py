@@ -133,7 +133,9 @@ class Books:
 
 
 def test_the_short_ways_follow_the_cache(manager: JengaKVCacheManager, rng: np.random.Generator) -> None:
-    """Requests come, leave, are left out of steps, change places, get pages, lose those behind a window, share them."""
+    """Requests come, leave, are left out of steps, change places, get pages, lose those behind a window, share them;
+    now and then a replica has none.
+    """
     books = Books(manager, rng)
     steps, decodes = 800, 0
     for _ in range(steps):
@@ -141,10 +143,12 @@ def test_the_short_ways_follow_the_cache(manager: JengaKVCacheManager, rng: np.r
             for index in reversed(range(len(running))):
                 if len(running[index].tokens) + books.drafts + 1 >= running[index].max_length:
                     books.leave(replica, index)
-            if len(running) < REQUESTS and (not running or rng.random() < 0.05):
+            if len(running) < REQUESTS and rng.random() < (0.05 if running else 0.2):
                 books.join(replica)
-            elif len(running) > 1 and rng.random() < 0.02:
+            elif running and rng.random() < 0.02:
                 books.leave(replica, int(rng.integers(len(running))))
+        if not any(books.running):
+            books.join(0)
         batches = [list(running) for running in books.running]
         if rng.random() < 0.05:
             batches[0].reverse()
