@@ -1,7 +1,8 @@
-"""What a step takes from the cache, with less to do than MAX has where requests decode.
+"""What a step takes from the cache and leaves there, with less to do than MAX has where requests decode.
 
-MAX writes all pages of all requests anew at each step, in Python, request by request. But a request that decodes gets
-another page once in a page's worth of tokens. Here a step writes what differs from the step before, and the lengths.
+MAX writes all pages of all requests anew at each step, in Python, request by request, makes sure of room for each, and
+looks for full pages. But a request that decodes gets another page once in a page's worth of tokens. Here a step writes
+what differs from the step before, and the lengths.
 """
 
 from __future__ import annotations
@@ -211,8 +212,31 @@ class Allocation:
         return CompletedTransfer()
 
 
+class Publication:
+    """A cache manager's `step`, with a short way for a request that has filled no page since the last one.
+
+    MAX hands full pages to the prefix cache, and frees those that slid out of a window: nothing else changes.
+
+    Args:
+        manager: The cache.
+    """
+
+    def __init__(self, manager: JengaKVCacheManager) -> None:
+        self._manager = manager
+        self._step = manager.step
+        self._page_size = manager.params.page_size
+
+    def __call__(self, context: TextContext) -> None:
+        """Takes note of what a step has written: see `PagedKVCacheManagerInterface.step`."""
+        manager = self._manager
+        full = context.tokens.processed_length // self._page_size * self._page_size
+        if not manager.params.enable_prefix_caching or manager._state_of(context).committed_idx != full:
+            self._step(context)
+
+
 def shorten(manager: Any) -> None:
     """Gives a cache manager the short ways, if it is of the kind that has a table for each kind of attention."""
     if isinstance(manager, JengaKVCacheManager):
         manager.runtime_inputs = CacheInputs(manager)
         manager.alloc = Allocation(manager)
+        manager.step = Publication(manager)

@@ -14,7 +14,7 @@ from max.pipelines.context import TextContext
 from max.pipelines.kv_cache.paged_kv_cache.jenga_cache_manager import JengaKVCacheManager
 from speculation_harness import prompts_of, request
 
-from step3p5.cache_inputs import Allocation, CacheInputs
+from step3p5.cache_inputs import Allocation, CacheInputs, shorten
 
 LONGEST = 512
 PAGE_SIZE = 16
@@ -22,10 +22,8 @@ REQUESTS = 6
 """The most of a replica."""
 
 
-@pytest.fixture(params=[(1, 3), (2, 0)], ids=["one replica that drafts", "two replicas"])
-def manager(request: pytest.FixtureRequest) -> JengaKVCacheManager:
+def new_cache(replicas: int, drafts: int, enable_prefix_caching: bool = True) -> JengaKVCacheManager:
     """A cache of two kinds of attention, one of them with a window."""
-    replicas, drafts = request.param
     common: Any = {
         "dtype": DType.float32,
         "n_kv_heads": 1,
@@ -34,7 +32,7 @@ def manager(request: pytest.FixtureRequest) -> JengaKVCacheManager:
         "devices": [DeviceRef.CPU()] * replicas,
         "page_size": PAGE_SIZE,
         "data_parallel_degree": replicas,
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": enable_prefix_caching,
         "speculative_method": "mtp" if drafts else None,
         "num_draft_tokens": drafts,
     }
@@ -42,6 +40,11 @@ def manager(request: pytest.FixtureRequest) -> JengaKVCacheManager:
     return JengaKVCacheManager.create(
         params=MultiKVCacheParams.from_params(kinds), available_bytes=32 << 20, max_batch_size=16, max_seq_len=LONGEST
     )
+
+
+@pytest.fixture(params=[(1, 3), (2, 0)], ids=["one replica that drafts", "two replicas"])
+def manager(request: pytest.FixtureRequest) -> JengaKVCacheManager:
+    return new_cache(*request.param)
 
 
 class Counted:
@@ -159,3 +162,35 @@ def test_the_short_ways_follow_the_cache(manager: JengaKVCacheManager, rng: np.r
     assert books.prepared.calls < steps / 2
     assert books.allocated.calls < decodes / 4
     assert manager.metrics.input_tokens == books.tokens
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_pages_are_given_shared_and_freed_as_max_does(rng: np.random.Generator, enable_prefix_caching: bool) -> None:
+    """Two caches side by side, one with the short ways: every request has the same pages in both after every step."""
+    caches = [new_cache(1, 3, enable_prefix_caching) for _ in range(2)]
+    shorten(caches[0])
+    shared = prompts_of(rng, 50)[0]
+    running: list[list[TextContext]] = []
+    for _ in range(400):
+        if len(running) < REQUESTS and rng.random() < 0.1:
+            own = prompts_of(rng, int(rng.integers(1, 60)))[0]
+            prompt, new_tokens = shared if rng.random() < 0.5 else own, int(rng.integers(20, 300))
+            running.append([request(prompt, new_tokens) for _ in caches])
+            for cache, context in zip(caches, running[-1], strict=True):
+                cache.claim(context, replica_idx=0)
+        for index in reversed(range(len(running))):
+            if len(running[index][0].tokens) + 4 >= running[index][0].max_length or rng.random() < 0.01:
+                for cache, context in zip(caches, running.pop(index), strict=True):
+                    cache.release(context)
+        gained = rng.integers(1, 5, size=len(running)).tolist()
+        for cache, contexts in zip(caches, zip(*running, strict=True), strict=False):
+            for context, tokens in zip(contexts, gained, strict=True):
+                cache.alloc(context).synchronize()
+                for token in range(tokens):
+                    context.update(token % 2)
+                cache.step(context)
+        for both in running:
+            pages = [cache.get_req_blocks_per_leaf(context) for cache, context in zip(caches, both, strict=True)]
+            assert pages[0] == pages[1]
+        assert caches[0].little_block_count() == caches[1].little_block_count()
+    assert caches[0].metrics == caches[1].metrics

@@ -21,7 +21,7 @@ from .arrangement import ArrangingPipeline, Joining, forget_drafts
 from .policy import DraftPlan
 from .rows import Int64
 from .steady_cycle import Caches, Outcome, Sampler
-from .steady_run import Advanced, Launched, SteadyRun
+from .steady_run import Launched, SteadyRun
 from .step_plan import StepPlan
 from .stepping import is_running, outputs_of
 
@@ -41,7 +41,7 @@ class SpeculativePipeline(ArrangingPipeline):
         batch = flatten2d(batches)
         self._forget_gone()
         run, joining, rest = self._run, Joining(), list[TextContext]()
-        advanced: list[Advanced] = []
+        advanced: list[TextContext] = []
         if run is None or run.launched is None or not in_same_order(run.contexts, batch):
             advanced = self._end_run_without(batch)
             batch = [context for context in batch if not context.is_done]
@@ -49,7 +49,7 @@ class SpeculativePipeline(ArrangingPipeline):
         if run is not None:
             advanced += self._execute_cycle(run, joining, rest)
         outputs = super()._execute_batches([rest]) if rest else {}
-        return outputs_of(context for context, _ in advanced if context.request_id not in outputs) | outputs
+        return outputs_of(context for context in advanced if context.request_id not in outputs) | outputs
 
     def _run_and_rest(self, batch: Sequence[TextContext]) -> tuple[SteadyRun | None, Joining, list[TextContext]]:
         """What goes through a cycle now, if anything, who joins it behind that, and who takes another kind of step."""
@@ -62,7 +62,7 @@ class SpeculativePipeline(ArrangingPipeline):
         self._planned_ahead = DraftPlan(self._plan.depth, len(rest)) if any(map(is_running, rest)) else None
         return run, joining, rest
 
-    def _end_run_without(self, batch: Sequence[TextContext]) -> list[Advanced]:
+    def _end_run_without(self, batch: Sequence[TextContext]) -> list[TextContext]:
         """Ends the run if requests of it are left out of a step that is not one of prompts alone.
 
         Returns:
@@ -75,11 +75,12 @@ class SpeculativePipeline(ArrangingPipeline):
         if all(member.context.request_id in there for _, member in run):
             return []
         advanced = [] if run.launched is None else self._end_cycle(run, run.launched)
-        self._publish(advanced)
+        for context in advanced:
+            self._kv_manager.step(context)
         self._end_run()
         return advanced
 
-    def _execute_cycle(self, run: SteadyRun, joining: Joining, rest: Sequence[TextContext]) -> list[Advanced]:
+    def _execute_cycle(self, run: SteadyRun, joining: Joining, rest: Sequence[TextContext]) -> list[TextContext]:
         """Ends a cycle of a run, the one on its way if there is one; launches the next one where that goes ahead.
 
         Args:
@@ -101,17 +102,11 @@ class SpeculativePipeline(ArrangingPipeline):
         advanced = self._end_cycle(run, launched, following)
         if self.launches_ahead and run.launched is None:
             self._launch_ahead(run, joining, rest, has_room=ahead is not None)
-        self._publish(advanced)
+        for context in advanced:
+            self._kv_manager.step(context)
         if not len(run):
             self._run = None
         return advanced
-
-    def _publish(self, advanced: Sequence[Advanced]) -> None:
-        """Lets the cache go on behind requests that have filled a page: nothing changes in it before."""
-        page_size = self._kv_manager.params.page_size
-        for context, before in advanced:
-            if context.tokens.processed_length // page_size > before // page_size:
-                self._kv_manager.step(context)
 
     def _surely_goes_on(self, run: SteadyRun) -> bool:
         """Whether after the cycle that is launched another one follows, if no text ends in it."""
@@ -193,7 +188,7 @@ class SpeculativePipeline(ArrangingPipeline):
             # So many tokens may come before the step that the scheduler makes room for next.
             context.spec_decoding_state.maybe_accepted_draft_tokens = [0] * (run.cycle.depth + 1)
 
-    def _end_cycle(self, run: SteadyRun, launched: Launched, following: Caches | None = None) -> list[Advanced]:
+    def _end_cycle(self, run: SteadyRun, launched: Launched, following: Caches | None = None) -> list[TextContext]:
         """Waits for a cycle, and advances the run's requests; returns them.
 
         Args:
@@ -240,16 +235,15 @@ class SpeculativePipeline(ArrangingPipeline):
 
         return sample
 
-    def _commit_cycle(self, run: SteadyRun, outcome: Outcome) -> list[Advanced]:
+    def _commit_cycle(self, run: SteadyRun, outcome: Outcome) -> list[TextContext]:
         """Appends what a cycle drew to the requests, and counts acceptance; returns the requests."""
-        depth, counts, advanced = run.cycle.depth, [], []
+        depth, counts, advanced = run.cycle.depth, [], list(run.contexts)
         gained = np.zeros(run.cycle.batch_size, dtype=np.int64)
         drawn, accepted_by_place = outcome.drawn.tolist(), outcome.accepted.tolist()
         for place, member in list(run):
             context = member.context
             forget_drafts(context)
             accepted = accepted_by_place[place]
-            advanced.append(Advanced(context, member.end))
             commit(context, drawn[place][: accepted + 1])
             if depth:
                 counts.append((depth, accepted))

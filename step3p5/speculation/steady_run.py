@@ -48,14 +48,6 @@ class Member:
         return self.context.tokens.processed_length == self.end and not is_constrained(self.context)
 
 
-class Advanced(NamedTuple):
-    """A request after a cycle."""
-
-    context: TextContext
-    before: int
-    """Its processed length before the cycle."""
-
-
 class _Listed(NamedTuple):
     """What is asked of the requests in every cycle, and changes where one comes or leaves."""
 
