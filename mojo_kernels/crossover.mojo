@@ -26,9 +26,10 @@ comptime GROUPED_FROM_TOKENS = 12
 comptime DENSE_FROM_TOKENS = 33
 """From so many tokens on, dense layers run through WGMMA; below, their weights are streamed (on an H100)."""
 
-comptime NARROW_TO_BLOCKS = 72
+comptime NARROW_TO_BLOCKS = 160
 """Up to so many blocks, a product has its weights in registers before the tokens are there: 288 rows, the router's, take
-72 for 32 tokens. For 64 tokens WGMMA is 2 microseconds faster (on an H200)."""
+144 for 64 tokens. WGMMA is 2 microseconds faster for 64 (on an H200), but up to there a token has the same bits in any
+batch."""
 
 comptime BF16 = DType.bfloat16
 

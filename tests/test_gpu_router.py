@@ -26,7 +26,7 @@ SIZES = {"flash": (288, 4096), "small": (32, 512)}
 """Experts and hidden size."""
 
 FEW = (1, 2, 7, 8, 9, 33, 63, 64)
-"""Tokens whose logits one kernel computes and whose experts one block chooses."""
+"""Tokens whose logits one kernel computes; for the first of these sizes one block chooses the experts."""
 
 MORE = (65, 300)
 
