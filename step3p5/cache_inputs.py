@@ -17,11 +17,9 @@ from max.driver import Buffer
 from max.nn.kv_cache import BatchCharacteristics, KVCacheInputs
 from max.pipelines.context import TextContext
 from max.pipelines.kv_cache.kv_connector import CompletedTransfer, KVTransfer
+from max.pipelines.kv_cache.paged_kv_cache._common import KV_CACHE_LENGTHS
 from max.pipelines.kv_cache.paged_kv_cache.jenga_cache_manager import JengaKVCacheManager
 from max.support.math import ceildiv
-
-CACHE_LENGTHS = "kv_cache_lengths"
-"""MAX's name of the lengths among what it sends to a device."""
 
 Batches: TypeAlias = Sequence[Sequence[TextContext]]
 """Requests by replica."""
@@ -48,6 +46,15 @@ class _Replica:
     def of(cls, requests: int, tables: dict[str, npt.NDArray[np.uint32]]) -> _Replica:
         """Nothing is there of so many requests."""
         return cls(np.zeros(requests, dtype=np.int64), tables, [[None] * requests for _ in tables])
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the devices have, as long as nothing else is sent."""
+
+    shape: Shape
+    inputs: KVCacheInputs[Buffer, Buffer]
+    replicas: list[_Replica]
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,7 @@ class CacheInputs:
         self._manager = manager
         self._prepare = manager.runtime_inputs
         self._leaves = list(manager.groups)
-        self._shape: Shape | None = None
-        self._inputs: KVCacheInputs[Buffer, Buffer] | None = None
-        self._replicas: list[_Replica] = []
+        self._last: _Step | None = None
 
     def __call__(
         self,
@@ -101,32 +106,26 @@ class CacheInputs:
         batch_characteristics: BatchCharacteristics | None = None,
     ) -> KVCacheInputs[Buffer, Buffer]:
         """The cache as a step of `batches` takes it: see `PagedKVCacheManagerInterface.runtime_inputs`."""
-        reaches = None
-        if max_cache_length is not None and batch_characteristics is not None:
-            reaches = self._reaches(batches, batch_characteristics)
-        if reaches is None or max_cache_length is None or batch_characteristics is None:
-            self._shape = None
-            return self._prepare(
-                batches, max_cache_length=max_cache_length, batch_characteristics=batch_characteristics
-            )
+        last, self._last = self._last, None  # until all is on its way
+        lengths: Any = {"max_cache_length": max_cache_length, "batch_characteristics": batch_characteristics}
+        if max_cache_length is None or batch_characteristics is None:
+            return self._prepare(batches, **lengths)
+        reaches = self._reaches(batches, batch_characteristics)
+        if reaches is None:
+            return self._prepare(batches, **lengths)
         shape = tuple(map(len, batches)), max_cache_length, batch_characteristics
-        if shape == self._shape and self._inputs is not None:
-            self._shape = None  # until all is on its way
+        if last is not None and last.shape == shape:
             for replica_idx in range(len(batches)):
                 self._manager.offload(replica_idx)
-            self._write(batches, reaches)
-            self._shape = shape
-            return self._inputs
-        self._shape = None
-        self._inputs = self._prepare(
-            batches, max_cache_length=max_cache_length, batch_characteristics=batch_characteristics
-        )
-        pages = ceildiv(max_cache_length, self._manager.params.page_size)
-        self._replicas = [_Replica.of(len(batch), self._tables(len(batch), pages)) for batch in batches]
-        for replica, batch, reach in zip(self._replicas, batches, reaches, strict=True):
-            self._update(replica, batch, reach)
-        self._shape = shape
-        return self._inputs
+            self._write(last.replicas, batches, reaches)
+        else:
+            inputs = self._prepare(batches, **lengths)
+            pages = ceildiv(max_cache_length, self._manager.params.page_size)
+            last = _Step(shape, inputs, [_Replica.of(len(batch), self._tables(len(batch), pages)) for batch in batches])
+            for replica, batch, reach in zip(last.replicas, batches, reaches, strict=True):
+                self._update(replica, batch, reach)
+        self._last = last
+        return last.inputs
 
     def _tables(self, requests: int, pages: int) -> dict[str, npt.NDArray[np.uint32]]:
         """A table for each kind of attention, as wide as MAX makes them."""
@@ -150,13 +149,12 @@ class CacheInputs:
             reaches.append(reach)
         return reaches
 
-    def _write(self, batches: Batches, reaches: Sequence[_Reach]) -> None:
+    def _write(self, replicas: Sequence[_Replica], batches: Batches, reaches: Sequence[_Reach]) -> None:
         """Sends the lengths, and the tables that differ from what the devices have."""
         with self._manager._stager.stage() as staging:
-            for replica_idx, (batch, reach) in enumerate(zip(batches, reaches, strict=True)):
-                host, _ = staging.get(f"{replica_idx}/{CACHE_LENGTHS}", (len(batch),))
+            for replica_idx, (replica, batch, reach) in enumerate(zip(replicas, batches, reaches, strict=True)):
+                host, _ = staging.get(f"{replica_idx}/{KV_CACHE_LENGTHS}", (len(batch),))
                 host.to_numpy()[:] = reach.lengths
-                replica = self._replicas[replica_idx]
                 if self._update(replica, batch, reach):
                     for leaf, table in replica.tables.items():
                         host, _ = staging.get(f"{replica_idx}/{leaf}", table.shape)
