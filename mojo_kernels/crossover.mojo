@@ -24,7 +24,10 @@ comptime GROUPED_FROM_TOKENS = 12
 """
 
 comptime DENSE_FROM_TOKENS = 33
-"""From so many tokens on, dense layers run through WGMMA; below, their weights are streamed (on an H100)."""
+"""From so many tokens on, dense products run through WGMMA; below, their weights are streamed."""
+
+comptime DENSE_SWIGLU_FROM_TOKENS = 17
+"""Likewise a dense layer's first half, whose two matrices leave a streaming warp less time for each token."""
 
 comptime NARROW_TO_BLOCKS = 160
 """Up to so many blocks, a product has its weights in registers before the tokens are there: 288 rows, the router's, take
@@ -270,7 +273,7 @@ def swiglu_gpu[
         and dtype == BF16
         and act_dtype == BF16
     ):
-        if tokens >= DENSE_FROM_TOKENS and dense_fits(
+        if tokens >= DENSE_SWIGLU_FROM_TOKENS and dense_fits(
             hidden_size, intermediate_size
         ):
             return swiglu_dense(

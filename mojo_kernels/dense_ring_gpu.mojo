@@ -56,7 +56,7 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
 
     comptime BYTES = Self.STAGES * (TILE_M + Self.N) * TILE_K * 2
     comptime TOKEN_ROWS = Self.N // Self.SHARERS
-    """Rows of tokens that one block brings."""
+    """Most rows of tokens that one block brings."""
 
     var base: SharedTile
     var full: Barriers
@@ -225,24 +225,26 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
         self,
         x: TMATensorTile[BF16, shape, desc],
         rank: Int,
+        rows: Int,
         token: Int,
         column: Int,
     ):
         """The loading warp starts the copy of this block's part of the tokens.
 
         Args:
-            x: Tokens `[T, K]`.
+            x: Tokens `[T, K]`, whose descriptor brings `rows` of them.
             rank: Which part.
+            rows: Tokens that each block brings; a multiple of 8, after which the swizzle begins anew, where several do.
             token: First token of the tile; tokens behind the last become zero.
             column: First column, likewise.
         """
         if lane_id() != 0:
             return
         var to = TileTensor(
-            self.tokens().unsafe_offset(rank * Self.TOKEN_ROWS * TILE_K),
+            self.tokens().unsafe_offset(rank * rows * TILE_K),
             row_major[Self.TOKEN_ROWS, TILE_K](),
         )
-        var at = (column, token + rank * Self.TOKEN_ROWS)
+        var at = (column, token + rank * rows)
         comptime if Self.SHARERS == 1:
             x.async_copy(to, self.full[unsafe_offset=self.stage], at)
         else:

@@ -38,6 +38,7 @@ from .dense_ring_gpu import (
     Sums,
     THREADS,
 )
+from .dense_tokens_gpu import TokenTiles
 from .grouped_pairs_gpu import store_transposed
 from .grouped_tiles_gpu import TILE_K, TILE_M
 from .operands import Elements, elements
@@ -91,39 +92,40 @@ def load_share[
     x: TMATensorTile[BF16, x_shape, x_desc],
     row: Int,
     token: Int,
+    tokens: Int,
     begin: Int,
     end: Int,
 ):
-    """The loading warp's part: steps `begin` to `end` of a tile.
+    """The loading warp's part: steps `begin` to `end` of a tile of `tokens` tokens.
 
     The weights do not depend on the preceding kernel, so that the first of them are on their way before it ends.
     """
     var ahead = min(begin + STAGES, end)
     var tokens_ring = ring
     for step in range(begin, ahead):
-        ring.expect(N)
+        ring.expect(tokens)
         ring.load_weights[D.BOX_ROWS, D.TENSORS](
             first, second, row, step * TILE_K
         )
         ring.step()
     wait_on_dependent_grids()
     for step in range(begin, ahead):
-        tokens_ring.load_tokens(x, 0, token, step * TILE_K)
+        tokens_ring.load_tokens(x, 0, tokens, token, step * TILE_K)
         tokens_ring.step()
     for step in range(ahead, end):
         ring.wait_empty()
-        ring.expect(N)
+        ring.expect(tokens)
         ring.load_weights[D.BOX_ROWS, D.TENSORS](
             first, second, row, step * TILE_K
         )
-        ring.load_tokens(x, 0, token, step * TILE_K)
+        ring.load_tokens(x, 0, tokens, token, step * TILE_K)
         ring.step()
 
 
 @always_inline
 def store_share[
     D: DenseOutput, N: Int, SPLITS: Int
-](output: D, base: SharedTile, rank: Int, row: Int, token: Int, tokens: Int,):
+](output: D, base: SharedTile, rank: Int, row: Int, token: Int, end: Int):
     """Adds the sums of the cluster's blocks for a share of the tile's tokens, and stores the results.
 
     Args:
@@ -132,7 +134,7 @@ def store_share[
         rank: Index of the share.
         row: First result of the warp.
         token: First token of the tile.
-        tokens: Number of all tokens.
+        end: The end of the tile's tokens.
     """
     # So many reads are on their way at once.
     comptime TOGETHER = MAX_SPLITS // SPLITS
@@ -150,7 +152,7 @@ def store_share[
             var sums = parts[i * SPLITS]
             comptime for peer in range(1, SPLITS):
                 sums += parts[i * SPLITS + peer]
-            output.store(sums, row, token + 8 * (begin + i), tokens)
+            output.store(sums, row, token + 8 * (begin + i), end)
 
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
@@ -179,7 +181,7 @@ def dense_split[
     limit: Float32,
     splits: Int32,
 ):
-    """One tile of a dense product, `TILE_M / TENSORS` rows of every weight tensor and `N` tokens, by each cluster.
+    """One tile of a dense product, `TILE_M / TENSORS` rows of every weight tensor and up to `N` tokens, by each cluster.
 
     Every block adds the products over its share of the depth; then each adds all blocks' sums of its share of the
     tokens, in the order of the blocks, and stores the results. `BLOCKS` fit on a multiprocessor.
@@ -190,14 +192,22 @@ def dense_split[
     barrier()
     var rank = Int(block_idx.x) % Int(splits)
     var tile = Int(block_idx.x) // Int(splits)
-    var token_tiles = ceildiv(Int(tokens), N)
-    var row_tile = tile // token_tiles
-    var token = (tile - row_tile * token_tiles) * N
+    var token_tiles = TokenTiles[N, 1](Int(tokens))
+    var row_tile = tile // token_tiles.count
+    var of_tile = token_tiles.range(tile - row_tile * token_tiles.count)
     var begin, end = share(ceildiv(Int(depth), TILE_K), rank, Int(splits))
     var warp = Int(thread_idx.x) // 32
     if warp == LOADER:
         load_share[D](
-            ring, first, second, x, row_tile * ROWS, token, begin, end
+            ring,
+            first,
+            second,
+            x,
+            row_tile * ROWS,
+            of_tile.first,
+            token_tiles.each(),
+            begin,
+            end,
         )
         launch_dependent_grids()
     else:
@@ -222,7 +232,7 @@ def dense_split[
         comptime for all in [1, 2, 4, MAX_SPLITS]:
             if Int(splits) == all:
                 store_share[D, N, all](
-                    output, ring.base, rank, row, token, Int(tokens)
+                    output, ring.base, rank, row, of_tile.first, of_tile.end
                 )
     # The other blocks may still read this one's sums.
     cluster_arrive_relaxed()
@@ -263,6 +273,8 @@ def launch_dense_split[
     var x_tma = create_tma_tile[Ring.TOKEN_ROWS, TILE_K, swizzle_mode=SWIZZLE](
         ctx, TileTensor(x, row_major(Coord(tokens, depth)))
     )
+    var token_tiles = TokenTiles[N, 1](tokens)
+    token_tiles.fit_copies(x_tma, x, depth, ctx)
     comptime W = type_of(first_tma)
     comptime X = type_of(x_tma)
     comptime kernel = dense_split[
@@ -275,9 +287,7 @@ def launch_dense_split[
         X.tile_shape,
         X.desc_shape,
     ]
-    var tiles = ceildiv(output.features(), TILE_M // D.TENSORS) * ceildiv(
-        tokens, N
-    )
+    var row_tiles = ceildiv(output.features(), TILE_M // D.TENSORS)
     ctx.enqueue_function[kernel](
         output.results(),
         first_tma,
@@ -288,7 +298,7 @@ def launch_dense_split[
         Int32(depth),
         limit,
         Int32(splits),
-        grid_dim=tiles * splits,
+        grid_dim=row_tiles * token_tiles.count * splits,
         block_dim=THREADS,
         cluster_dim=Dim(splits),
         shared_mem_bytes=Ring.BYTES,

@@ -18,12 +18,8 @@ from std.utils.static_tuple import StaticTuple
 
 from .dense_output_gpu import DenseOutput
 from .dense_ring_gpu import BF16, DenseRing, LOADER, SWIZZLE, THREADS
-from .dense_store_gpu import (
-    STAGING_BYTES,
-    TokenRange,
-    multiply_tile,
-    staging_of,
-)
+from .dense_store_gpu import STAGING_BYTES, multiply_tile, staging_of
+from .dense_tokens_gpu import TokenTiles
 from .grouped_tiles_gpu import TILE_K, TILE_M
 from .operands import Elements, elements
 
@@ -76,7 +72,7 @@ def dense_wgmma[
     depth: Int32,
     limit: Float32,
 ):
-    """All tiles of a dense product, `TILE_M / TENSORS` rows of every weight tensor and `N` tokens each.
+    """All tiles of a dense product, `TILE_M / TENSORS` rows of every weight tensor and up to `N` tokens each.
     """
     comptime ROWS = TILE_M // D.TENSORS
     var output = D.of(elements(results), Int(features), limit)
@@ -88,24 +84,27 @@ def dense_wgmma[
         cluster_sync()
     var steps = ceildiv(Int(depth), TILE_K)
     var row_groups = ceildiv(output.features(), ROWS * SHARERS)
-    var token_tiles = ceildiv(Int(tokens), N)
+    var token_tiles = TokenTiles[N, SHARERS](Int(tokens))
     var warp = Int(thread_idx.x) // 32
-    var tiles = row_groups * token_tiles
+    var tiles = row_groups * token_tiles.count
     var first_tile = Int(block_idx.x) // SHARERS
     var clusters = Int(grid_dim.x) // SHARERS
     if warp == LOADER:
         if lane_id() != 0:
             return
         for tile in range(first_tile, tiles, clusters):
-            var place = DenseTile.of(tile, row_groups, token_tiles)
+            var place = DenseTile.of(tile, row_groups, token_tiles.count)
             var row = (place.row_group * SHARERS + rank) * ROWS
+            var token = token_tiles.range(place.token_tile).first
             for step in range(steps):
                 ring.wait_empty()
-                ring.expect(N)
+                ring.expect(token_tiles.each())
                 ring.load_tile[D.TENSORS, CacheEviction.EVICT_NORMAL](
                     first, second, row, step * TILE_K
                 )
-                ring.load_tokens(x, rank, place.token_tile * N, step * TILE_K)
+                ring.load_tokens(
+                    x, rank, token_tiles.share, token, step * TILE_K
+                )
                 ring.step()
         # The block must stay as long as another one may signal its barriers.
         comptime for _ in range(STAGES):
@@ -115,11 +114,11 @@ def dense_wgmma[
     var group = warp // 4
     var staging = staging_of(ring.base, ring.BYTES, group)
     for tile in range(first_tile, tiles, clusters):
-        var place = DenseTile.of(tile, row_groups, token_tiles)
+        var place = DenseTile.of(tile, row_groups, token_tiles.count)
         var row = (place.row_group * SHARERS + rank) * ROWS
         multiply_tile[N](
             output,
-            TokenRange(place.token_tile * N, Int(tokens)),
+            token_tiles.range(place.token_tile),
             ring,
             steps,
             staging,
@@ -152,6 +151,7 @@ def launch_dense_wgmma[
     var x_tma = create_tma_tile[Ring.TOKEN_ROWS, TILE_K, swizzle_mode=SWIZZLE](
         ctx, TileTensor(x, row_major(Coord(tokens, depth)))
     )
+    TokenTiles[N, SHARERS](tokens).fit_copies(x_tma, x, depth, ctx)
     comptime W = type_of(first_tma)
     comptime X = type_of(x_tma)
     comptime kernel = dense_wgmma[
