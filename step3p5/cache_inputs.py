@@ -115,15 +115,36 @@ class CacheInputs:
             return self._prepare(batches, **lengths)
         shape = tuple(map(len, batches)), max_cache_length, batch_characteristics
         if last is not None and last.shape == shape:
-            for replica_idx in range(len(batches)):
-                self._manager.offload(replica_idx)
-            self._write(last.replicas, batches, reaches)
-        else:
-            inputs = self._prepare(batches, **lengths)
-            pages = ceildiv(max_cache_length, self._manager.params.page_size)
-            last = _Step(shape, inputs, [_Replica.of(len(batch), self._tables(len(batch), pages)) for batch in batches])
-            for replica, batch, reach in zip(last.replicas, batches, reaches, strict=True):
-                self._update(replica, batch, reach)
+            return self._bring_up_to_date(last, batches, reaches)
+        inputs = self._prepare(batches, **lengths)
+        pages = ceildiv(max_cache_length, self._manager.params.page_size)
+        last = _Step(shape, inputs, [_Replica.of(len(batch), self._tables(len(batch), pages)) for batch in batches])
+        for replica, batch, reach in zip(last.replicas, batches, reaches, strict=True):
+            self._update(replica, batch, reach)
+        self._last = last
+        return last.inputs
+
+    def advance(self, batches: Batches) -> KVCacheInputs[Buffer, Buffer] | None:
+        """What the last call gave, brought up to date for a step of the same shape.
+
+        Returns:
+            The same object; `None`, and nothing is sent, if a step of `batches` has another shape.
+        """
+        if self._last is None or self._last.shape[0] != tuple(map(len, batches)):
+            return None
+        reaches = self._reaches(batches, self._last.shape[2])
+        if reaches is None:
+            return None
+        last, self._last = self._last, None
+        return self._bring_up_to_date(last, batches, reaches)
+
+    def _bring_up_to_date(
+        self, last: _Step, batches: Batches, reaches: Sequence[_Reach]
+    ) -> KVCacheInputs[Buffer, Buffer]:
+        """Makes the inputs of a step of the same shape those of the next one."""
+        for replica_idx in range(len(batches)):
+            self._manager.offload(replica_idx)
+        self._write(last.replicas, batches, reaches)
         self._last = last
         return last.inputs
 

@@ -15,17 +15,28 @@ from max.engine import Model
 from max.pipelines.context import TextContext
 from max.pipelines.context.logit_processors_type import BatchProcessorInputs
 from max.pipelines.lib import PipelineConfig
+from max.pipelines.lib.interfaces import ModelOutputs
 from max.pipelines.lib.pipeline_variants.overlap_text_generation import OverlapTextGenerationPipeline
 from max.pipelines.lib.pipeline_variants.text_generation import TextGenerationPipeline
-from max.pipelines.modeling.types import BatchType
+from max.pipelines.modeling.types import BatchType, TextGenerationInputs
 from max.pipelines.sampling import FusedSamplingProcessor
 from max.pipelines.sampling.sampling_logits_processor import _to_pinned_host_buffer
 from max.pipelines.sampling.seeds import request_row_seed
 from typing_extensions import override
 
-from .cache_inputs import shorten
+from .cache_inputs import CacheInputs, shorten
 from .model import Step3p5Model
 from .steady_batch import SteadyPipeline, in_same_order, is_constrained, same_requests, takes_the_best
+from .steady_replay import SteadyReplays
+
+
+def goes_on(before: Any, now: Any) -> bool:
+    """Whether a step decodes for the requests that the step before decoded for, in the same order."""
+    return (
+        now.batch_type is BatchType.TG
+        and before.batch_type is BatchType.TG
+        and in_same_order(before.flat_batch, now.flat_batch)
+    )
 
 
 class FutureTokens:
@@ -38,12 +49,7 @@ class FutureTokens:
         self, prev_batch: Any, inputs: Any, model_inputs: Any, draft_tokens_np: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any] | None:
         """Puts the drawn tokens where the step reads its own; the result is MAX's, of drafts."""
-        if (
-            draft_tokens_np is None
-            and inputs.batch_type is BatchType.TG
-            and prev_batch.inputs.batch_type is BatchType.TG
-            and in_same_order(prev_batch.inputs.flat_batch, inputs.flat_batch)
-        ):
+        if draft_tokens_np is None and goes_on(prev_batch.inputs, inputs):
             model_inputs.tokens = prev_batch.generated_tokens_device
             return None
         return self._own.realize_future_tokens(
@@ -81,15 +87,18 @@ class GreedyDraws:
 
 
 class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
-    """MAX's overlap pipeline, with less to do for a draw.
+    """MAX's overlap pipeline, with less to do for a step and for a draw.
 
-    Where all requests take the greatest logit, a kernel of ours finds it. Else MAX sends five parameters of every
-    request anew at each step; while the batch stays the same, so do these, but for the seed.
+    A captured graph is replayed for the same requests with no more than what differs (`SteadyReplays`). Where all
+    requests take the greatest logit, a kernel of ours finds it. Else MAX sends five parameters of every request anew at
+    each step; while the batch stays the same, so do these, but for the seed.
     """
 
     _pipeline_model: Step3p5Model
 
     _greedy: GreedyDraws | None = None
+
+    _replays: SteadyReplays | None = None
 
     _sampler_of: tuple[list[TextContext], FusedSamplingProcessor, Buffer] | None = None
     """The requests of the step before, what sampled for them, and the tokens that it started from: none."""
@@ -103,6 +112,28 @@ class OverlapPipeline(OverlapTextGenerationPipeline[TextContext]):
         elsewhere = is_virtual_device_mode() or sampling.enable_variable_logits or self._sampler_device.is_host
         if model.draw is not None and not elsewhere:
             self._greedy = GreedyDraws(model.draw, model.known_tokens(self.vocab_size))
+
+    @override
+    def warmup_graph_capture(self) -> None:
+        """Captures the graphs of decoding."""
+        super().warmup_graph_capture()
+        runner, caches = self._graph_capture_runner, self._kv_manager.runtime_inputs
+        looks_at_replays = self._pipeline_config.debug_verify_replay or runner._host_input_guard_mode is not None
+        if isinstance(caches, CacheInputs) and not looks_at_replays:
+            self._replays = runner.replay = SteadyReplays(runner, caches)
+
+    @override
+    def _run_forward(
+        self, inputs: TextGenerationInputs[TextContext], *drafting: Any, **drafting_by_name: Any
+    ) -> ModelOutputs:
+        replays, before = self._replays, self._prev_batch
+        if replays is not None:
+            if before is not None and not before._is_processed and goes_on(before.inputs, inputs):
+                outputs = replays.go_on(inputs.batches, before.generated_tokens_device)
+                if outputs is not None:
+                    return outputs
+            replays.forget()
+        return super()._run_forward(inputs, *drafting, **drafting_by_name)
 
     @override
     def _create_sampling_processor(
