@@ -151,9 +151,10 @@ def generate(pipeline: Any, prompts: Sequence[list[int]], batch: int, new_tokens
 def recorded_logits(pipeline: Any) -> Iterator[dict[tuple[int, int], TopTwo]]:
     """The two best logits that the target verified with, by request in the order of their first step, and new token.
 
-    A token that is verified again, since an earlier token of its step was rejected, has its last logits.
+    A token that is verified again, since an earlier token of its step was rejected, has its last logits. Tokens without
+    words, which are not drawn, do not count.
     """
-    model = pipeline._pipeline_model
+    model, known = pipeline._pipeline_model, pipeline.vocab_size
     seen: dict[tuple[int, int], TopTwo] = {}
     numbers: dict[RequestID, int] = {}
 
@@ -163,7 +164,7 @@ def recorded_logits(pipeline: Any) -> Iterator[dict[tuple[int, int], TopTwo]]:
         for context, drafts in zip(contexts, num_drafts, strict=True):
             number = numbers.setdefault(context.request_id, len(numbers))
             for ahead in range(drafts + 1):
-                seen[number, context.tokens.generated_length + ahead] = top_two(rows[start + ahead])
+                seen[number, context.tokens.generated_length + ahead] = top_two(rows[start + ahead, :known])
             start += drafts + 1
 
     def in_step(original: Callable[..., Any]) -> Callable[..., Any]:

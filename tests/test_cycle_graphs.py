@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from acceptance_case import AcceptanceCase
 from max.driver import Buffer
 from max.dtype import DType
 from max.engine import Model
@@ -16,7 +17,7 @@ from step3p5.greedy_draw import GreedyDraw
 from step3p5.speculation.cycle_graphs import Acceptance, Handover
 
 DEEPEST = (2, 3)
-VOCAB, HIDDEN, KNOWN = 40, 8, 36
+VOCAB, HIDDEN, KNOWN = 40, 35, 36
 
 
 def traced(part: Acceptance | GreedyDraw | Handover) -> BuildGraph:
@@ -63,49 +64,12 @@ def test_of_equal_logits_the_first_is_drawn_and_nan_never(
 def test_acceptance(acceptance: tuple[int, Model], rng: np.random.Generator, batch: int, rests: int) -> None:
     """All depths draft, or all but the last ones."""
     deepest, model = acceptance
-    depth, keep = deepest - rests, deepest - 1
-    rows = keep + depth + 1
-    right = rng.integers(depth + 1, size=batch)
-    drawn = rng.integers(KNOWN, size=(batch, depth + 1))
-    verified = rng.integers(KNOWN, size=(batch, depth + 1))
-    for request, count in enumerate(right):
-        verified[request, 1 : count + 1] = drawn[request, :count]
-        if count < depth:
-            verified[request, count + 1] = (drawn[request, count] + 1) % KNOWN
-    hidden = rng.standard_normal((batch, depth + 1, HIDDEN)).astype(np.float32)
-    kept = rng.standard_normal((batch, keep, HIDDEN)).astype(np.float32)
-    window = rng.integers(KNOWN, size=(batch, keep + 1))
-    lengths = rng.integers(10, 50, size=batch).astype(np.uint32)
-
-    new_kept, new_window = Buffer.from_numpy(kept.copy()), Buffer.from_numpy(window.copy())
-    found = model.execute(
-        Buffer.from_numpy(drawn),
-        Buffer.from_numpy(hidden),
-        Buffer.from_numpy(verified),
-        Buffer.from_numpy(lengths),
-        Buffer.from_numpy(np.array([0, 1, 2][:depth] + [depth] * rests)),
-        Buffer.from_numpy(rows * np.arange(batch)),
-        Buffer.from_numpy(np.arange(batch * rows).reshape(batch, rows)),
-        Buffer.from_numpy(np.arange(batch * rows, batch * rows + batch)),
-        new_kept,
-        new_window,
-    )
-    previous, tokens, following, last_rows, draft_lengths, result = (buffer.to_numpy() for buffer in found)
-
-    np.testing.assert_array_equal(result, np.concatenate([drawn, right[:, None]], axis=1))
-    np.testing.assert_array_equal(draft_lengths, lengths - keep)
+    case = AcceptanceCase.random(rng, batch, deepest, deepest - rests, HIDDEN)
+    written = [Buffer.from_numpy(values.copy()) for values in (case.verified, case.kept, case.window)]
+    results = model.execute(*map(Buffer.from_numpy, (case.drawn, case.hidden, case.lengths)), *written)
     chosen = rng.integers(100, 200, size=batch)
-    next_tokens = np.concatenate([tokens, chosen])[following].reshape(batch, rows)
-    for request, count in enumerate(right):
-        last = keep + count
-        assert last_rows[request] == request * rows + last
-        states = np.concatenate([kept[request], hidden[request]])
-        np.testing.assert_array_equal(previous.reshape(batch, rows, HIDDEN)[request], states)
-        sequence = [*window[request], *drawn[request]]
-        assert tokens.reshape(batch, rows)[request].tolist() == sequence[1:]
-        assert next_tokens[request, : last + 1].tolist() == [*sequence[2 : last + 2], chosen[request]]
-        np.testing.assert_array_equal(new_kept.to_numpy()[request], states[count + 1 : count + 1 + keep])
-        assert new_window.to_numpy()[request].tolist() == sequence[count + 1 : count + 2 + keep]
+    found, left = ([buffer.to_numpy() for buffer in buffers] for buffers in (results, written))
+    case.check(found, left, chosen)
 
 
 @pytest.mark.parametrize("depth", range(4))

@@ -142,16 +142,11 @@ class SteadyCycle:
         self._cycles = 0
         keep = graphs.keep
         self.rows_each = keep + depth + 1
-        rows = batch_size * self.rows_each
         self._verified = self._buffer(DType.int64, batch_size * (depth + 1))
         self._window = self._buffer(DType.int64, batch_size, keep + 1)
         self._kept = self._buffer(graphs.hidden_dtype, batch_size, keep, graphs.hidden_size)
         self._offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(depth + 1))
         self._logit_rows = self._constant(np.arange(batch_size * (depth + 1)))
-        self._columns = self._constant(np.minimum(np.arange(len(graphs.depths)), depth))
-        self._first_rows = self._constant(np.arange(0, rows, self.rows_each))
-        self._row_places = self._constant(np.arange(rows).reshape(batch_size, self.rows_each))
-        self._draft_places = self._constant(np.arange(rows, rows + batch_size))
         self._next_places = self._constant(np.arange(batch_size * (depth + 1)).reshape(depth + 1, -1).T.reshape(-1))
         self._draft_offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(self.rows_each))
         self._unknown = self._constant(np.full(batch_size, UNKNOWN_TOKEN, dtype=np.int64))
@@ -226,18 +221,15 @@ class SteadyCycle:
             graphs.accept,
             drawn.view(drawn.dtype, each),
             hidden.view(hidden.dtype, (*each, graphs.hidden_size)),
-            self._verified.view(self._verified.dtype, each),
             next(iter(caches.values()))[0].cache_lengths,
-            self._columns,
-            self._first_rows,
-            self._row_places,
-            self._draft_places,
+            self._verified.view(self._verified.dtype, each),
             self._kept,
             self._window,
         )
         outcome = self._read(result, hidden)
-        if self._depths:
-            graphs.refresh_heads()  # a copy a head, which the host starts while the target verifies
+        if not self._depths:
+            return outcome
+        graphs.refresh_heads()  # a copy a head, which the host starts while the target verifies
         leaves = {
             kind: cache_leaves(self._draft_cache(kind, caches[kind][0], lengths))
             for kind in {inputs.kind for _, inputs in self._depths}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 PERIOD = 512
 """Fewest cycles from one trial to the next."""
 
-COST = 0.015
+COST = 0.01
 """Share of the time that trials may cost; they come less often where that takes more than `PERIOD`."""
 
 DRAFTS = 32
