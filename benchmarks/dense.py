@@ -1,4 +1,5 @@
-"""Times the dense layers on one NVIDIA GPU, against the bytes that they must move and the operations that they must do.
+"""Times dense products (`qkv`: attention's first four, of the same tokens) on one NVIDIA GPU, against the bytes that
+they must move and the operations that they must do.
 
     python benchmarks/dense.py compile DIR    cross-compiles for sm_90a, on a machine without a GPU
     python benchmarks/dense.py run DIR        on the GPU's machine, which needs PyTorch

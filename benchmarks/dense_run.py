@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from bandwidth import usable_cores
-from dense_graphs import LAUNCHES, SHAPES, TENSORS
+from dense_graphs import LAUNCHES, SHAPES
 from max.driver import Buffer
 from max.engine import Model
 from moe_run import DEVICE, Machine, relative_error
@@ -78,10 +78,10 @@ class Report:
     rows: list[Row]
 
 
-def reference(op: str, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The result in float32."""
+def reference(op: str, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The results of a launch in float32."""
     products = [x.float() @ w.float().T for w in weights]
-    return products[0] if op == "linear" else torch.nn.functional.silu(products[0]) * products[1]
+    return [torch.nn.functional.silu(products[0]) * products[1]] if op == "swiglu" else products
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -115,36 +115,41 @@ def busy_seconds(machine: Machine, model: Model, operands: Sequence[Buffer]) -> 
 
 def measure(machine: Machine, model: Model, variant: str, op: str, weights: list[torch.Tensor], tokens: int) -> Row:
     """Checks one graph at one size, then times it."""
-    out_features, in_features = weights[0].shape
+    each = len(weights) // LAUNCHES
+    rows, in_features = sum(len(w) for w in weights[:each]), weights[0].shape[1]
     x = torch.randn(tokens, in_features, device=DEVICE).to(torch.bfloat16)
     fixed = [Buffer.from_dlpack(w) for w in weights]
-    each = TENSORS[op]
 
     def execute(values: torch.Tensor) -> list[torch.Tensor]:
         return machine.execute(model, [Buffer.from_dlpack(values), *fixed])
 
     poisoned = execute(torch.full_like(x, torch.nan))
+    of_launch = len(poisoned) // LAUNCHES
     del poisoned
     outputs = execute(x)
-    first = outputs[0].clone()
+    first = [output.clone() for output in outputs[:of_launch]]
     errors, all_close = [], True
     for i in (0, LAUNCHES - 1):
+        found = outputs[i * of_launch : (i + 1) * of_launch]
         expected = reference(op, x, weights[i * each : (i + 1) * each])
-        errors.append(relative_error(outputs[i], expected))
-        all_close &= close(outputs[i], expected)
-        del expected
+        for of_kernel, of_torch in zip(found, expected, strict=True):
+            errors.append(relative_error(of_kernel, of_torch))
+            all_close &= close(of_kernel, of_torch)
+        del found, expected, of_kernel, of_torch
     del outputs
-    same_bits = torch.equal(execute(x)[0], first)
+    same_bits = all(map(torch.equal, execute(x), first))
     broken, row = x.clone(), tokens // 2
     broken[row, 7] = torch.nan
-    with_nan = execute(broken)[0]
-    contained = bool(with_nan[row].isnan().all())
-    with_nan[row] = first[row]
-    contained &= torch.equal(with_nan, first)
+    contained = True
+    for with_nan, clean in zip(execute(broken), first, strict=False):
+        contained &= bool(with_nan[row].isnan().all())
+        with_nan[row] = clean[row]
+        contained &= torch.equal(with_nan, clean)
     del with_nan
     busy, wall = (seconds / LAUNCHES for seconds in busy_seconds(machine, model, [Buffer.from_dlpack(x), *fixed]))
-    operations = 2 * tokens * in_features * out_features * each
-    moved = 2 * (each * in_features * out_features + tokens * (in_features + out_features))
+    out_features = sum(result.shape[1] for result in first)
+    operations = 2 * tokens * in_features * rows
+    moved = 2 * (in_features * rows + tokens * (in_features + out_features))
     floor = max(moved / COPY_RATE, operations / PRODUCT_RATE)
     return Row(
         variant=variant,
@@ -181,10 +186,11 @@ def run(folder: Path, variants: Sequence[str] | None, tokens: Sequence[int], jso
             if not file.exists():
                 continue
             model = machine.load(file)
-            for in_features, out_features in shapes:
+            for in_features, rows in shapes:
                 weights = [
                     torch.randn(out_features, in_features, device=DEVICE, dtype=torch.bfloat16).mul_(in_features**-0.5)
-                    for _ in range(LAUNCHES * TENSORS[op])
+                    for _ in range(LAUNCHES)
+                    for out_features in rows
                 ]
                 for size in tokens:
                     report.rows.append(measure(machine, model, variant, op, weights, size))

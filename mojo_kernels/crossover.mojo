@@ -4,7 +4,8 @@ from max.gpu.host import DeviceContext
 
 from std.utils.static_tuple import StaticTuple
 
-from .dense_gpu import dense_fits, linear_dense, swiglu_dense
+from .dense_gpu import dense_fits, linear_dense, linears_dense, swiglu_dense
+from .dense_products_gpu import Linears, MOST_LINEARS
 from .down_gpu import SharedDown, down_fits, down_stream
 from .gate_up_gpu import (
     SharedGateUp,
@@ -45,6 +46,15 @@ def prefer_grouped(tokens: Int, ctx: DeviceContext) -> Bool:
         return tokens >= GROUPED_FROM_TOKENS
     else:
         return False
+
+
+def prefer_narrow(tokens: Int, in_features: Int, out_features: Int) -> Bool:
+    """Whether a product has its weights in registers before the tokens are there.
+    """
+    return (
+        narrow_fits(in_features, out_features)
+        and blocks_needed(tokens, out_features) <= NARROW_TO_BLOCKS
+    )
 
 
 def gate_up_gpu[
@@ -326,10 +336,7 @@ def linear_gpu[
         and x_dtype == BF16
         and dtype == BF16
     ):
-        if (
-            narrow_fits(in_features, out_features)
-            and blocks_needed(tokens, out_features) <= NARROW_TO_BLOCKS
-        ):
+        if prefer_narrow(tokens, in_features, out_features):
             return linear_narrow(
                 y,
                 rebind[BFloats](x),
@@ -387,7 +394,8 @@ def linear4_gpu[
     out_features: StaticTuple[Int, MATRICES],
     ctx: DeviceContext,
 ) raises:
-    """Dense products of the same tokens: one launch where they are streamed, else one for each matrix.
+    """Dense products of the same tokens: one launch where they are streamed, one of those that WGMMA takes, else one for
+    each matrix.
     """
     comptime if (
         ctx.default_device_info.api == "cuda"
@@ -407,6 +415,56 @@ def linear4_gpu[
                 out_features,
                 ctx,
             )
+    comptime if (
+        ctx.default_device_info.compute == 9.0
+        and x_dtype == BF16
+        and dtype == BF16
+    ):
+        if tokens >= DENSE_FROM_TOKENS:
+            return _linear4_dense(
+                rebind[StaticTuple[BFloats, MATRICES]](y),
+                rebind[BFloats](x),
+                rebind[StaticTuple[BFloats, MATRICES]](w),
+                tokens,
+                in_features,
+                out_features,
+                ctx,
+            )
     for i in range(MATRICES):
         if out_features[i] > 0:
             linear_gpu(y[i], x, w[i], tokens, in_features, out_features[i], ctx)
+
+
+def _linear4_dense(
+    y: StaticTuple[BFloats, MATRICES],
+    x: BFloats,
+    w: StaticTuple[BFloats, MATRICES],
+    tokens: Int,
+    in_features: Int,
+    out_features: StaticTuple[Int, MATRICES],
+    ctx: DeviceContext,
+) raises:
+    """`linear4_gpu` where WGMMA takes what is not narrow: as many as one launch can, behind the others.
+    """
+    var count = 0
+    var results = StaticTuple[BFloats, MOST_LINEARS](fill=y[0])
+    # Where there is no product, something to make a map of.
+    var weights = StaticTuple[BFloats, MOST_LINEARS](fill=x)
+    var features = StaticTuple[Int, MOST_LINEARS](fill=0)
+    for i in range(MATRICES):
+        if (
+            count < MOST_LINEARS
+            and out_features[i] > 0
+            and dense_fits(in_features, out_features[i])
+            and not prefer_narrow(tokens, in_features, out_features[i])
+        ):
+            results[count] = y[i]
+            weights[count] = w[i]
+            features[count] = out_features[i]
+            count += 1
+        elif out_features[i] > 0:
+            linear_gpu(y[i], x, w[i], tokens, in_features, out_features[i], ctx)
+    if count > 0:
+        linears_dense(
+            Linears(results, features), x, weights, tokens, in_features, ctx
+        )

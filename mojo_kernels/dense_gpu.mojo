@@ -2,10 +2,16 @@
 
 from max.gpu.host import DeviceContext
 from std.math import ceildiv
-from std.utils.numerics import inf
+from std.utils.static_tuple import StaticTuple
 
-from .dense_output_gpu import DenseOutput, LinearOutput, SwigluOutput
+from .dense_output_gpu import LinearOutput, SwigluOutput
 from .dense_plan_gpu import MAX_SPLITS, plan_dense
+from .dense_products_gpu import (
+    DenseProducts,
+    Linears,
+    MOST_LINEARS,
+    OneProduct,
+)
 from .dense_split_gpu import launch_dense_split
 from .dense_wgmma_gpu import launch_dense_wgmma
 from .grouped_tiles_gpu import TILE_K, TILE_M
@@ -30,8 +36,8 @@ def linear_dense[
     ctx: DeviceContext,
 ) raises:
     """`y = x w^T`, float32 sums rounded to bfloat16 or as they are."""
-    var output = LinearOutput(y, out_features)
-    var limit = inf[DType.float32]()
+    var product = OneProduct(LinearOutput(y, out_features))
+    var weights = StaticTuple[BFloats, 1](w)
     comptime if dtype == DType.float32:
         # A narrow matrix such as a router's, for which the plan's estimates were not made.
         var splits = float32_splits(
@@ -40,10 +46,22 @@ def linear_dense[
             ctx.default_device_info.sm_count,
         )
         if splits > 1:
-            return launch_dense_split[LinearOutput[dtype], 64, 4, 2](
-                output, x, w, w, tokens, in_features, limit, splits, ctx
-            )
-    _multiply(output, x, w, w, tokens, in_features, limit, ctx)
+            return launch_dense_split[
+                OneProduct[LinearOutput[dtype]], 64, 4, 2
+            ](product, x, weights, tokens, in_features, splits, ctx)
+    _multiply(product, x, weights, tokens, in_features, ctx)
+
+
+def linears_dense(
+    products: Linears,
+    x: BFloats,
+    weights: StaticTuple[BFloats, MOST_LINEARS],
+    tokens: Int,
+    in_features: Int,
+    ctx: DeviceContext,
+) raises:
+    """`y_i = x w_i^T` in one launch."""
+    _multiply(products, x, weights, tokens, in_features, ctx)
 
 
 def float32_splits(tiles: Int, steps: Int, multiprocessors: Int) -> Int:
@@ -72,46 +90,42 @@ def swiglu_dense(
 ) raises:
     """`act = min(silu(gate x), limit) * clamp(up x, -limit, limit)`."""
     _multiply(
-        SwigluOutput(act, intermediate_size, limit),
+        OneProduct(SwigluOutput(act, intermediate_size, limit)),
         x,
-        gate,
-        up,
+        StaticTuple[BFloats, 2](gate, up),
         tokens,
         hidden_size,
-        limit,
         ctx,
     )
 
 
 def _multiply[
-    D: DenseOutput
+    P: DenseProducts
 ](
-    output: D,
+    products: P,
     x: BFloats,
-    first: BFloats,
-    second: BFloats,
+    weights: StaticTuple[BFloats, P.TENSORS],
     tokens: Int,
     depth: Int,
-    limit: Float32,
     ctx: DeviceContext,
 ) raises:
     """Enqueues the kernel that the plan names."""
     var plan = plan_dense(
         tokens,
-        ceildiv(output.features(), TILE_M // D.TENSORS),
+        products.row_tiles(),
         ceildiv(depth, TILE_K),
-        TILE_M // D.BOX_ROWS,
+        TILE_M // P.Output.BOX_ROWS,
         ctx.default_device_info.sm_count,
     )
 
     def split[width: Int, stages: Int, blocks: Int]() raises {imm}:
-        launch_dense_split[D, width, stages, blocks](
-            output, x, first, second, tokens, depth, limit, plan.splits, ctx
+        launch_dense_split[P, width, stages, blocks](
+            products, x, weights, tokens, depth, plan.splits, ctx
         )
 
     def in_pairs[width: Int, stages: Int]() raises {imm}:
-        launch_dense_wgmma[D, width, stages](
-            output, x, first, second, tokens, depth, limit, ctx
+        launch_dense_wgmma[P, width, stages](
+            products, x, weights, tokens, depth, ctx
         )
 
     if plan.width == 64:

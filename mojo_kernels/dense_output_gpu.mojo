@@ -12,7 +12,7 @@ comptime Quad = SIMD[DType.float32, 4]
 """A lane's sums of a warp's 16 weight rows with 8 tokens: rows lane / 4 and lane / 4 + 8, tokens 2 (lane % 4) + i."""
 
 
-trait DenseOutput(Deinitable, ImplicitlyCopyable):
+trait DenseOutput(TrivialRegisterPassable):
     """What distinguishes one dense product from another."""
 
     comptime dtype: DType
@@ -70,7 +70,7 @@ trait DenseOutput(Deinitable, ImplicitlyCopyable):
 
 
 @fieldwise_init
-struct LinearOutput[element: DType](DenseOutput, ImplicitlyCopyable):
+struct LinearOutput[element: DType](DenseOutput):
     """The sums themselves, rounded to bfloat16 or as they are in float32."""
 
     comptime dtype = Self.element
@@ -142,7 +142,7 @@ struct LinearOutput[element: DType](DenseOutput, ImplicitlyCopyable):
 
 
 @fieldwise_init
-struct SwigluOutput(DenseOutput, ImplicitlyCopyable):
+struct SwigluOutput(DenseOutput):
     """Activations. For `store` eight rows of `gate` alternate with eight of `up`, so that a lane holds both sums of one;
     for `activated` they lie apart.
     """

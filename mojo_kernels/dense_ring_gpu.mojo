@@ -20,9 +20,8 @@ from max.gpu.memory import (
 from std.memory import unsafe_stack_allocation
 from std.utils.static_tuple import StaticTuple
 
+from .dense_maps_gpu import BF16, WeightMaps
 from .grouped_tiles_gpu import TILE_K, TILE_M
-
-comptime BF16 = DType.bfloat16
 
 comptime SWIZZLE = TensorMapSwizzle.SWIZZLE_128B
 
@@ -144,79 +143,75 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
     def load_weights[
         BOX_ROWS: Int,
         TENSORS: Int,
-        EVICTION: CacheEviction = CacheEviction.EVICT_NORMAL,
         *,
+        ALL: Int,
         shape: Coord,
         desc: Coord,
     ](
         self,
-        first: TMATensorTile[BF16, shape, desc],
-        second: TMATensorTile[BF16, shape, desc],
+        maps: WeightMaps[ALL, shape, desc],
+        tensor: Int,
         row: Int,
         column: Int,
     ):
-        """The loading warp starts the copies of weight rows: `BOX_ROWS` of the first tensor, of the second, ...
+        """The loading warp starts the copies of weight rows: `BOX_ROWS` of the first of `TENSORS` tensors, of the
+        second, ...
 
         Args:
-            first: Weights `[M, K]`.
-            second: As `first`; the other tensor if `TENSORS` is 2.
+            maps: Of all weight tensors `[M, K]`.
+            tensor: Index of the first tensor.
             row: First row in each tensor; rows behind the last become zero.
             column: First column, likewise.
         """
         var lane = Int(lane_id())
         if lane < TILE_M // BOX_ROWS:
-            var to = TileTensor(
-                self.weights().unsafe_offset(lane * BOX_ROWS * TILE_K),
-                row_major[BOX_ROWS, TILE_K](),
+            maps.copy[CacheEviction.EVICT_NORMAL](
+                tensor + lane % TENSORS,
+                TileTensor(
+                    self.weights().unsafe_offset(lane * BOX_ROWS * TILE_K),
+                    row_major[BOX_ROWS, TILE_K](),
+                ),
+                self.full[unsafe_offset=self.stage],
+                (column, row + lane // TENSORS * BOX_ROWS),
             )
-            var at = (column, row + lane // TENSORS * BOX_ROWS)
-            if lane % TENSORS == 0:
-                first.async_copy[eviction_policy=EVICTION](
-                    to, self.full[unsafe_offset=self.stage], at
-                )
-            else:
-                second.async_copy[eviction_policy=EVICTION](
-                    to, self.full[unsafe_offset=self.stage], at
-                )
 
     @always_inline
     def load_tile[
         TENSORS: Int,
         EVICTION: CacheEviction,
         *,
+        ALL: Int,
         shape: Coord,
         desc: Coord,
     ](
         self,
-        first: TMATensorTile[BF16, shape, desc],
-        second: TMATensorTile[BF16, shape, desc],
+        maps: WeightMaps[ALL, shape, desc],
+        tensor: Int,
         row: Int,
         column: Int,
     ):
-        """The calling thread starts the copies of a stage's weights: an equal part of each tensor, one behind the other.
+        """The calling thread starts the copies of a stage's weights: an equal part of each of `TENSORS` tensors, one
+        behind the other.
 
         One thread starts them, since several lanes' copies run one after the other at a cost of their own.
 
         Args:
-            first: Weights `[M, K]`.
-            second: As `first`; the other tensor if `TENSORS` is 2.
+            maps: Of all weight tensors `[M, K]`.
+            tensor: Index of the first tensor.
             row: First row in each tensor; rows behind the last become zero.
             column: First column, likewise.
         """
         comptime ROWS = TILE_M // TENSORS
         comptime for i in range(TENSORS):
-            var to = TileTensor(
-                self.weights().unsafe_offset(i * ROWS * TILE_K),
-                row_major[ROWS, TILE_K](),
+            maps.copy[EVICTION](
+                tensor + i,
+                TileTensor(
+                    self.weights().unsafe_offset(i * ROWS * TILE_K),
+                    row_major[ROWS, TILE_K](),
+                ),
+                self.full[unsafe_offset=self.stage],
+                (column, row),
             )
-            comptime if i == 0:
-                first.async_copy[eviction_policy=EVICTION](
-                    to, self.full[unsafe_offset=self.stage], (column, row)
-                )
-            else:
-                second.async_copy[eviction_policy=EVICTION](
-                    to, self.full[unsafe_offset=self.stage], (column, row)
-                )
 
     @always_inline
     def load_tokens[

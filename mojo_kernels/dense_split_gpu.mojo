@@ -21,13 +21,16 @@ from max.gpu.primitives.grid_controls import (
     pdl_launch_attributes,
     wait_on_dependent_grids,
 )
+from std.builtin.device_passable import DevicePassable
 from std.math import ceildiv
 from std.sys._assembly import inlined_assembly
 from std.sys.intrinsics import _RegisterPackType
 from std.utils.static_tuple import StaticTuple
 
+from .dense_maps_gpu import NoMap, WeightMaps
 from .dense_output_gpu import DenseOutput, Quad
 from .dense_plan_gpu import MAX_SPLITS
+from .dense_products_gpu import DenseProducts, RowTile
 from .dense_ring_gpu import (
     BF16,
     DenseRing,
@@ -41,7 +44,7 @@ from .dense_ring_gpu import (
 from .dense_tokens_gpu import TokenTiles
 from .grouped_pairs_gpu import store_transposed
 from .grouped_tiles_gpu import TILE_K, TILE_M
-from .operands import Elements, elements
+from .operands import Elements
 from .tasks import share
 
 comptime QUAD_BYTES = MULTIPLIERS * 16
@@ -81,16 +84,17 @@ def load_share[
     D: DenseOutput,
     N: Int,
     STAGES: Int,
+    ALL: Int,
     w_shape: Coord,
     w_desc: Coord,
     x_shape: Coord,
     x_desc: Coord,
+    //,
 ](
     mut ring: DenseRing[N, STAGES, 1],
-    first: TMATensorTile[BF16, w_shape, w_desc],
-    second: TMATensorTile[BF16, w_shape, w_desc],
+    weights: WeightMaps[ALL, w_shape, w_desc],
     x: TMATensorTile[BF16, x_shape, x_desc],
-    row: Int,
+    rows: RowTile[D],
     token: Int,
     tokens: Int,
     begin: Int,
@@ -105,7 +109,7 @@ def load_share[
     for step in range(begin, ahead):
         ring.expect(tokens)
         ring.load_weights[D.BOX_ROWS, D.TENSORS](
-            first, second, row, step * TILE_K
+            weights, rows.tensor, rows.row, step * TILE_K
         )
         ring.step()
     wait_on_dependent_grids()
@@ -116,7 +120,7 @@ def load_share[
         ring.wait_empty()
         ring.expect(tokens)
         ring.load_weights[D.BOX_ROWS, D.TENSORS](
-            first, second, row, step * TILE_K
+            weights, rows.tensor, rows.row, step * TILE_K
         )
         ring.load_tokens(x, 0, tokens, token, step * TILE_K)
         ring.step()
@@ -159,35 +163,38 @@ def store_share[
 @__llvm_metadata(`nvvm.minctasm`=SIMDLength(BLOCKS))
 @__llvm_arg_metadata(first, `nvvm.grid_constant`)
 @__llvm_arg_metadata(second, `nvvm.grid_constant`)
+@__llvm_arg_metadata(third, `nvvm.grid_constant`)
 @__llvm_arg_metadata(x, `nvvm.grid_constant`)
-@__name(t"step3p5_dense_split_{D.NAME}_{D.dtype}_{N}_{STAGES}_{BLOCKS}")
+@__name(t"step3p5_dense_split_{P.NAME}_{P.Output.dtype}_{N}_{STAGES}_{BLOCKS}")
 def dense_split[
-    D: DenseOutput,
+    P: DenseProducts,
     N: Int,
     STAGES: Int,
     BLOCKS: Int,
     w_shape: Coord,
     w_desc: Coord,
+    Second: DevicePassable,
+    Third: DevicePassable,
     x_shape: Coord,
     x_desc: Coord,
 ](
-    results: Pointer[Scalar[D.dtype], MutAnyOrigin],
+    products: P,
     first: TMATensorTile[BF16, w_shape, w_desc],
-    second: TMATensorTile[BF16, w_shape, w_desc],
+    second: Second,
+    third: Third,
     x: TMATensorTile[BF16, x_shape, x_desc],
     tokens: Int32,
-    features: Int32,
     depth: Int32,
-    limit: Float32,
     splits: Int32,
 ):
-    """One tile of a dense product, `TILE_M / TENSORS` rows of every weight tensor and up to `N` tokens, by each cluster.
+    """One tile of dense products, `TILE_M / TENSORS` rows of every weight tensor of one of them and up to `N` tokens, by
+    each cluster.
 
     Every block adds the products over its share of the depth; then each adds all blocks' sums of its share of the
-    tokens, in the order of the blocks, and stores the results. `BLOCKS` fit on a multiprocessor.
+    tokens, in the order of the blocks, and stores the results. `BLOCKS` fit on a multiprocessor. `second` and `third`
+    are maps or `NoMap`s.
     """
-    comptime ROWS = TILE_M // D.TENSORS
-    var output = D.of(elements(results), Int(features), limit)
+    comptime D = P.Output
     var ring = DenseRing[N, STAGES, 1]()
     barrier()
     var rank = Int(block_idx.x) % Int(splits)
@@ -195,15 +202,15 @@ def dense_split[
     var token_tiles = TokenTiles[N, 1](Int(tokens))
     var row_tile = tile // token_tiles.count
     var of_tile = token_tiles.range(tile - row_tile * token_tiles.count)
+    var rows = products.row_tile(row_tile)
     var begin, end = share(ceildiv(Int(depth), TILE_K), rank, Int(splits))
     var warp = Int(thread_idx.x) // 32
     if warp == LOADER:
-        load_share[D](
+        load_share(
             ring,
-            first,
-            second,
+            WeightMaps[P.TENSORS](first, second, third),
             x,
-            row_tile * ROWS,
+            rows,
             of_tile.first,
             token_tiles.each(),
             begin,
@@ -228,11 +235,16 @@ def dense_split[
         launch_dependent_grids()
     cluster_sync()
     if warp != LOADER:
-        var row = row_tile * ROWS + warp * 8 * D.MATRICES
+        var row = rows.row + warp * 8 * D.MATRICES
         comptime for all in [1, 2, 4, MAX_SPLITS]:
             if Int(splits) == all:
                 store_share[D, N, all](
-                    output, ring.base, rank, row, of_tile.first, of_tile.end
+                    rows.output,
+                    ring.base,
+                    rank,
+                    row,
+                    of_tile.first,
+                    of_tile.end,
                 )
     # The other blocks may still read this one's sums.
     cluster_arrive_relaxed()
@@ -248,15 +260,13 @@ def own_quads(
 
 
 def launch_dense_split[
-    D: DenseOutput, N: Int, STAGES: Int, BLOCKS: Int
+    P: DenseProducts, N: Int, STAGES: Int, BLOCKS: Int
 ](
-    output: D,
+    products: P,
     x: Elements[BF16],
-    first: Elements[BF16],
-    second: Elements[BF16],
+    weights: StaticTuple[Elements[BF16], P.TENSORS],
     tokens: Int,
     depth: Int,
-    limit: Float32,
     splits: Int,
     ctx: DeviceContext,
 ) raises:
@@ -264,46 +274,69 @@ def launch_dense_split[
     """
     comptime Ring = DenseRing[N, STAGES, 1]
     comptime assert Ring.BYTES >= N // 8 * QUAD_BYTES
-    var first_tma = create_tma_tile[D.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
-        ctx, TileTensor(first, row_major(Coord(output.features(), depth)))
+    var first = create_tma_tile[
+        P.Output.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE
+    ](
+        ctx,
+        TileTensor(
+            weights[0], row_major(Coord(products.weight_rows(0), depth))
+        ),
     )
-    var second_tma = create_tma_tile[D.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
-        ctx, TileTensor(second, row_major(Coord(output.features(), depth)))
-    )
+
+    def weight_map(tensor: Int, out map: type_of(first)) raises {imm}:
+        map = create_tma_tile[P.Output.BOX_ROWS, TILE_K, swizzle_mode=SWIZZLE](
+            ctx,
+            TileTensor(
+                weights[tensor],
+                row_major(Coord(products.weight_rows(tensor), depth)),
+            ),
+        )
+
     var x_tma = create_tma_tile[Ring.TOKEN_ROWS, TILE_K, swizzle_mode=SWIZZLE](
         ctx, TileTensor(x, row_major(Coord(tokens, depth)))
     )
     var token_tiles = TokenTiles[N, 1](tokens)
     token_tiles.fit_copies(x_tma, x, depth, ctx)
-    comptime W = type_of(first_tma)
+    comptime W = type_of(first)
     comptime X = type_of(x_tma)
-    comptime kernel = dense_split[
-        D,
-        N,
-        STAGES,
-        BLOCKS,
-        W.tile_shape,
-        W.desc_shape,
-        X.tile_shape,
-        X.desc_shape,
-    ]
-    var row_tiles = ceildiv(output.features(), TILE_M // D.TENSORS)
-    ctx.enqueue_function[kernel](
-        output.results(),
-        first_tma,
-        second_tma,
-        x_tma,
-        Int32(tokens),
-        Int32(output.features()),
-        Int32(depth),
-        limit,
-        Int32(splits),
-        grid_dim=row_tiles * token_tiles.count * splits,
-        block_dim=THREADS,
-        cluster_dim=Dim(splits),
-        shared_mem_bytes=Ring.BYTES,
-        attributes=pdl_launch_attributes(PDLLevel.ON),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(Ring.BYTES)
-        ),
-    )
+
+    def enqueue[
+        Second: DevicePassable, Third: DevicePassable
+    ](second: Second, third: Third) raises {imm}:
+        comptime kernel = dense_split[
+            P,
+            N,
+            STAGES,
+            BLOCKS,
+            W.tile_shape,
+            W.desc_shape,
+            Second,
+            Third,
+            X.tile_shape,
+            X.desc_shape,
+        ]
+        ctx.enqueue_function[kernel](
+            products,
+            first,
+            second,
+            third,
+            x_tma,
+            Int32(tokens),
+            Int32(depth),
+            Int32(splits),
+            grid_dim=products.row_tiles() * token_tiles.count * splits,
+            block_dim=THREADS,
+            cluster_dim=Dim(splits),
+            shared_mem_bytes=Ring.BYTES,
+            attributes=pdl_launch_attributes(PDLLevel.ON),
+            func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+                UInt32(Ring.BYTES)
+            ),
+        )
+
+    comptime if P.TENSORS == 1:
+        enqueue(NoMap(), NoMap())
+    elif P.TENSORS == 2:
+        enqueue(weight_map(1), NoMap())
+    else:
+        enqueue(weight_map(1), weight_map(2))

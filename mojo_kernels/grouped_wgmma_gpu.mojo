@@ -29,6 +29,7 @@ from std.sys import size_of
 from std.utils.index import IndexList
 from std.utils.static_tuple import StaticTuple
 
+from .dense_maps_gpu import NoMap, WeightMaps
 from .dense_output_gpu import DenseOutput
 from .dense_ring_gpu import (
     BF16,
@@ -124,6 +125,7 @@ def grouped_wgmma[
     if warp == LOADER:
         if lane_id() != 0:
             return
+        var maps = WeightMaps[D.TENSORS](first, second, NoMap())
         while walk.find(tile):
             tile += clusters
             var boxes = ceildiv(walk.tokens, BOX)
@@ -132,7 +134,7 @@ def grouped_wgmma[
             for k in range(0, Int(depth), TILE_K):
                 ring.wait_empty()
                 ring.expect(boxes * BOX)
-                ring.load_tile[D.TENSORS, EVICTION](first, second, row, k)
+                ring.load_tile[D.TENSORS, EVICTION](maps, 0, row, k)
                 for box in range(rank, boxes, SHARERS):
                     ring.load_box[BOX](
                         x, box, walk.slot - Int(slot_begin) + box * BOX, k
