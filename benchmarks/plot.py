@@ -261,7 +261,7 @@ KINDS: Mapping[str, Callable[[Result, Figure], None]] = {
 }
 """What draws a result, by its `benchmark`; one without the field is `moe.py`'s."""
 
-TABLES = frozenset({"attention", "speculation_profile", "speculation_tokens", "starts"})
+TABLES = frozenset({"attention", "host", "speculation_profile", "speculation_tokens", "starts"})
 """Benchmarks whose results are not drawn: their tables say all."""
 
 

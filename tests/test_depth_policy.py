@@ -11,7 +11,7 @@ import pytest
 from step3p5.speculation.kept_rows import concatenated
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
 from step3p5.speculation.state import RequestState
-from step3p5.speculation.trials import CYCLE_TRIALS
+from step3p5.speculation.trials import COST, CYCLE_TRIALS, PERIOD, TrialClock, TrialKind
 
 DEPTH = 3
 
@@ -243,3 +243,14 @@ def rows(start: int, end: int) -> np.ndarray:
 
 def stored(state: RequestState, position: int) -> list[int]:
     return concatenated(state.rows_from(position), 1, np.float32)[:, 0].astype(int).tolist()
+
+
+def test_the_time_with_one_batch_size_pays_for_no_trial_with_another() -> None:
+    clock, large, small = TrialClock(), TrialKind(8, drafts=False), TrialKind(2, drafts=False)
+    for _ in range(PERIOD):
+        clock.tick(large)
+        clock.record(64, 1.0)
+    clock.tick(small)
+    clock.record(1, 0.01)
+    assert clock.is_due(large, expected_cost=COST * PERIOD)
+    assert not clock.is_due(small, expected_cost=COST)

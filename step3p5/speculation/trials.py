@@ -8,7 +8,8 @@ PERIOD = 512
 """Fewest cycles from one trial to the next."""
 
 COST = 0.01
-"""Share of the time that trials may cost; they come less often where that takes more than `PERIOD`."""
+"""Share of the time with a kind of batches that its trials may cost; they come less often where that takes more than
+`PERIOD`."""
 
 DRAFTS = 32
 MOST_CYCLES = 16
@@ -72,8 +73,9 @@ class TrialClock:
     def __init__(self) -> None:
         self.phase: int | None = None
         """Cycles since a trial began; `None` where there is none."""
-        self._cycles_since, self._seconds_since = 0, 0.0
-        self._kind, self._drafts = TrialKind(0, drafts=False), False
+        self._cycles_since = 0
+        self._seconds_since: dict[TrialKind, float] = {}
+        self._now = self._kind = TrialKind(0, drafts=False)
         self._rate = self._lost = 0.0
         self._costs: dict[TrialKind, float] = {}
 
@@ -83,17 +85,17 @@ class TrialClock:
         A trial with other batch sizes is over, and its cost stays unknown. Where drafting has just come to rest, or has
         begun again, enough is known for a while.
         """
+        before, self._now = self._now, kind
         self._cycles_since += 1
         if self.phase is not None:
             self.phase += 1
             if kind.bucket != self._kind.bucket:
                 self._rest()
-        elif kind.drafts != self._drafts:
+        elif kind.drafts != before.drafts:
             self._rest()
-        self._drafts = kind.drafts
 
     def _rest(self) -> None:
-        self.phase, self._cycles_since, self._seconds_since = None, 0, 0.0
+        self.phase, self._cycles_since, self._seconds_since = None, 0, {}
 
     @property
     def may_begin(self) -> bool:
@@ -107,7 +109,7 @@ class TrialClock:
             kind: What it would be.
             expected_cost: Seconds, for a kind of which there has been none.
         """
-        return self.may_begin and self._seconds_since * COST >= self._costs.get(kind, expected_cost)
+        return self.may_begin and self._seconds_since.get(kind, 0.0) * COST >= self._costs.get(kind, expected_cost)
 
     def begin(self, kind: TrialKind, rate: float) -> None:
         """A trial begins, where the depth in use gives `rate` tokens a second."""
@@ -120,6 +122,6 @@ class TrialClock:
 
     def record(self, tokens: int, seconds: float) -> None:
         """Learns what a step gave and took."""
-        self._seconds_since += seconds
+        self._seconds_since[self._now] = self._seconds_since.get(self._now, 0.0) + seconds
         if self.phase is not None:
             self._lost += seconds - tokens / self._rate
