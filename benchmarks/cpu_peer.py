@@ -13,6 +13,7 @@ pass the median of a round counts, of the rounds the median of their ratios, whi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -150,8 +151,9 @@ class LlamaCpp:
     def run(self, prompts: list[list[int]], steps: int) -> tuple[list[float], list[int]]:
         """Seconds of each pass, the prompts' first, and each request's first token."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "steps": steps}) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # who has ended gives no answer either
+            self._process.stdin.write(json.dumps({"prompts": prompts, "steps": steps}) + "\n")
+            self._process.stdin.flush()
         answer = self._answer()
         self.resident_bytes = answer["resident_bytes"]
         return answer["seconds"], answer["first_tokens"]

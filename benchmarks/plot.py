@@ -83,7 +83,10 @@ def draw_serving(result: Result, figure: Figure) -> None:
 
 
 def draw_experts(result: Result, figure: Figure) -> None:
-    """The first variant's routed experts by number of tokens: each routing's time, the floor set by bytes, vLLM's."""
+    """The first variant's routed experts by number of tokens: each routing's time, the floor set by bytes, vLLM's.
+
+    Where there are none, the whole layer's time and floor.
+    """
     axis = figure.subplots()
     by_routing = defaultdict(list)
     for row in result["experts"]:
@@ -97,6 +100,10 @@ def draw_experts(result: Result, figure: Figure) -> None:
         peer = [(row["tokens"], row["vllm_ms"]) for row in rows if row["vllm_ms"] is not None]
         if peer:
             axis.plot(*zip(*peer, strict=True), "--", marker="x", color="black", label=f"{routing}, vLLM 0.23")
+    if not by_routing:
+        tokens = [row["tokens"] for row in result["layer"]]
+        line = axis.plot(tokens, [row["ms"] for row in result["layer"]], marker="o", label="whole layer")
+        axis.plot(tokens, [row["floor_ms"] for row in result["layer"]], ":", color=line[0].get_color(), label="floor")
     _label(axis, "tokens", "ms")
     axis.set_yscale("log")
     axis.legend(fontsize="x-small")

@@ -90,6 +90,7 @@ def test_the_peer_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.Monke
         assert peer.run([[4, 5]], 2) == ([0.5, 0.5], [4, 5])
         assert peer.resident_bytes == 7
         peer.run([[4]], 0)
+        peer._process.wait()
         with pytest.raises(RuntimeError, match=r"worker\.py ended with status 3"):
             peer.run([[4]], 0)
 
