@@ -6,6 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.speculation import model as speculation_model
 from step3p5.speculation.draft_vocabulary import SIZE_VARIABLE
 from step3p5.speculation.policy import DraftPlan, FixedDepth, Unread
+from step3p5.speculation.stepping import SteppingPipeline
 
 AGREEMENT = 0.7
 DEPTH = 3
@@ -148,6 +150,23 @@ def test_not_one_token_differs(
     for _ in range(2):
         got, want = texts()
         assert got == want
+
+
+def test_only_requests_that_sample_need_max_s_sampler(
+    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, sampled = prompts_of(rng, 9, 30), []
+    drawn = SteppingPipeline._drawn
+
+    def counted(self: SteppingPipeline, logits: Any, batch: Any, drafts: Any) -> Any:
+        sampled.append(len(batch))
+        return drawn(self, logits, batch, drafts)
+
+    monkeypatch.setattr(SteppingPipeline, "_drawn", counted)
+    generate(drafting, [request(prompt, 10) for prompt in prompts])
+    assert not sampled
+    generate(drafting, [request(prompts[0], 10), request(prompts[1], 10, SAMPLED)])
+    assert sampled
 
 
 @pytest.mark.usefixtures("handed_on")

@@ -24,7 +24,7 @@ from ..byte_account import cycle_bytes
 from ..checkpoint_tensors import CheckpointDtype
 from ..config_fields import ConfigError
 from ..greedy_draw import DRAW, draw_spec
-from ..model import Step3p5Model
+from ..model import Step3p5Model, cache_leaves
 from ..model_config import Step3p5Config
 from ..mtp import HEAD_WEIGHT, MTPDepth, PartialHead, SharedHead, depth_weights, swiglu_limit
 from ..precision import activation_dtype
@@ -212,7 +212,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
             rest = [Buffer(DType.int64, [0], self.devices[0])] * (self.depth - len(rows.made.by_depth))
             (tokens,) = self._tokens.execute(known, places, *rows.made.by_depth, *rest)
         self.await_inputs()
-        logits, hidden = self.model.execute(tokens, offsets, logit_rows, *tree.leaves(kv_cache_inputs))
+        logits, hidden = self.model.execute(tokens, offsets, logit_rows, *cache_leaves(kv_cache_inputs))
         self.after_step()
         return logits, hidden
 
@@ -267,7 +267,7 @@ class SpeculativeStep3p5Model(Step3p5Model):
             return self._drafts.start([]), split_rows(to_keep, plan.keep_counts)
         kinds = {str(layer.attention.kind) for layer in config.drafting_layers[: len(known)]}
         caches = {
-            kind: tree.leaves(self._draft_cache(kind, kv_cache_inputs[kind][0], plan, cache_lengths, drafting))
+            kind: cache_leaves(self._draft_cache(kind, kv_cache_inputs[kind][0], plan, cache_lengths, drafting))
             for kind in kinds
         }
         if self.heads is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-from max.driver import Buffer
+from max.driver import CPU, Buffer
 from max.pipelines.context import TextContext, TextGenerationOutput
 from max.pipelines.context.exceptions import InputError
 from max.pipelines.lib.pipeline_variants.text_generation import TextGenerationPipeline
@@ -18,6 +18,7 @@ from max.pipelines.speculative.utils import _SpeculativeDecodingMetrics
 from max.support.algorithm import flatten2d
 from typing_extensions import override
 
+from ..steady_batch import is_constrained, takes_the_best
 from .acceptance import can_verify_drafts, commit, contexts_ahead, num_accepted
 from .drafted import Drafts
 from .model import SpeculativeStep3p5Model
@@ -149,9 +150,19 @@ class SteppingPipeline(TextGenerationPipeline[TextContext]):
         return state.drafts.first(context.max_length - len(context.tokens) - 1)
 
     def _sample(self, logits: Buffer, batch: Sequence[TextContext], drafts: Sequence[Sequence[int]]) -> list[int]:
-        """One token for each row of `logits`."""
-        tokens: list[int] = self._drawn(logits, batch, drafts).get_new_tokens_numpy().ravel().tolist()
-        return tokens
+        """One token for each row of `logits`; where all are to be the greatest, a kernel of ours finds them."""
+        draw = self._pipeline_model.draw
+        if draw is not None and all(takes_the_best(context) and not is_constrained(context) for context in batch):
+            (drawn,) = draw.execute(logits, self._known_tokens)
+            tokens = drawn.to(CPU()).to_numpy()
+        else:
+            tokens = self._drawn(logits, batch, drafts).get_new_tokens_numpy()
+        own: list[int] = tokens.ravel().tolist()
+        return own
+
+    @cached_property
+    def _known_tokens(self) -> Buffer:
+        return self._pipeline_model.known_tokens(self.vocab_size)
 
     def _drawn(
         self, logits: Buffer, batch: Sequence[TextContext], drafts: Sequence[Sequence[int]]
