@@ -16,8 +16,8 @@ from .operands import Elements
 struct TokenTiles[MAX_N: Int, SHARERS: Int](ImplicitlyCopyable):
     """Tiles of equally many tokens, at most `MAX_N`. The last one begins early enough to end with the last token.
 
-    A copy that reaches behind the last token takes up to twice as long as one that does not. A token that lies in two
-    tiles gets the same bits from both.
+    Copies that reach behind the last token hold a product up: one of 65 tokens, with copies of 128, took half as long
+    again as one of 128. A token that lies in two tiles gets the same bits from both.
     """
 
     var tokens: Int
