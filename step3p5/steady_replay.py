@@ -18,6 +18,7 @@ from max.pipelines.lib.interfaces import ModelOutputs
 
 from .cache_inputs import Batches, CacheInputs
 from .model import Step3p5Inputs, cache_leaves
+from .replayed_inputs import elsewhere
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,8 @@ class _Replay:
     def elsewhere(self) -> list[tuple[Buffer, Buffer]]:
         """Of the cache's inputs on the devices, those that the graph reads elsewhere: there, and where they are."""
         of_cache = {id(leaf) for leaf in cache_leaves(self.given.kv_cache_inputs)}
-        pairs = [pair for pair in zip(self.reads, self.given.buffers, strict=True) if id(pair[1]) in of_cache]
-        return [(to, own) for to, own in pairs if not _stays(to) and to._data_ptr() != own._data_ptr()]
-
-
-def _stays(buffer: Buffer) -> bool:
-    """Whether a replay does not read the buffer: what lies on the host was read when the graph was captured."""
-    return bool(buffer.device.is_host or buffer.pinned)
+        pairs = zip(self.reads, self.given.buffers, strict=True)
+        return elsewhere(pair for pair in pairs if id(pair[1]) in of_cache)
 
 
 class SteadyReplays:

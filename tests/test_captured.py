@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from max.driver import Buffer
 
-from step3p5.speculation import captured
+from step3p5 import replayed_inputs
 from step3p5.speculation.captured import CapturedGraph
 
 
@@ -46,7 +46,7 @@ class Doubling:
 @pytest.fixture(autouse=True)
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in's inputs lie in a host's memory and are treated as a GPU's."""
-    monkeypatch.setattr(captured, "_stays", lambda buffer: False)
+    monkeypatch.setattr(replayed_inputs, "stays", lambda buffer: False)
 
 
 def graph_of(model: Doubling, *, captures: bool = True) -> CapturedGraph:

@@ -16,7 +16,7 @@ from max.pipelines.lib.graph_capture import _pack_model_graph_key
 from speculation_harness import prompts_of, request
 from test_cache_inputs import LONGEST, PAGE_SIZE, new_cache
 
-from step3p5 import steady_replay
+from step3p5 import replayed_inputs
 from step3p5.cache_inputs import Allocation, CacheInputs
 from step3p5.model import Step3p5Inputs, cache_leaves
 from step3p5.steady_replay import SteadyReplays
@@ -152,7 +152,7 @@ def test_a_replay_reads_what_its_step_is_about(
     monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, replicas: int, apart: bool
 ) -> None:
     """Requests come, leave and change places, get pages, and outgrow the graph that was captured for their length."""
-    monkeypatch.setattr(steady_replay, "_stays", lambda _: False)  # here everything lies on the host
+    monkeypatch.setattr(replayed_inputs, "stays", lambda _: False)  # here everything lies on the host
     decoding = Decoding(new_cache(replicas, 0), apart, rng)
     steps, short = 400, 0
     for _ in range(steps):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from max.driver import Buffer, batch_inplace_copy
 from max.engine import Model
+
+from ..replayed_inputs import addresses, elsewhere
 
 logger = logging.getLogger("max.pipelines")
 
@@ -59,15 +61,11 @@ class CapturedGraph:
                 logger.warning("%s: not captured, so it runs without.", self._name, exc_info=True)
                 self.captures = False
                 return self.execute(*inputs)
-            graph = _Captured(self._next_number, inputs, _addresses(inputs), list(outputs))
+            graph = _Captured(self._next_number, inputs, addresses(inputs), list(outputs))
             self._graphs[key] = graph
             self._next_number += 1
-        elif graph.places != _addresses(inputs):
-            moved = [
-                (to, source)
-                for to, source in zip(graph.inputs, inputs, strict=True)
-                if not _stays(to) and to._data_ptr() != source._data_ptr()
-            ]
+        elif graph.places != addresses(inputs):
+            moved = elsewhere(zip(graph.inputs, inputs, strict=True))
             batch_inplace_copy([to for to, _ in moved], [source for _, source in moved])
         self._model.replay(graph.number, *graph.inputs)
         return graph.outputs
@@ -77,12 +75,3 @@ class CapturedGraph:
         if (graph := self._graphs.pop(key, None)) is not None:
             graph.outputs.clear()
             self._model.release_captured_graph(graph.number)
-
-
-def _stays(buffer: Buffer) -> bool:
-    """Whether a replay does not read the buffer: what lies on the host was read when the graph was captured."""
-    return bool(buffer.device.is_host or buffer.pinned)
-
-
-def _addresses(buffers: Sequence[Buffer]) -> tuple[int, ...]:
-    return tuple(buffer._data_ptr() for buffer in buffers if not _stays(buffer))
