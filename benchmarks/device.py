@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import statistics
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from max.driver import Accelerator
+from max.pipelines.lib.auto_model import AutoModel
 
 from step3p5.parallel_plan import ParallelPlan
 from step3p5.plan import memory
@@ -64,6 +66,35 @@ def equal_replicas() -> Iterator[None]:
     """
     with mock.patch.object(importlib.import_module("max.pipelines.lib.generate"), "_check_graph_capture"):
         yield
+
+
+@contextmanager
+def load_in_parallel(
+    options: argparse.Namespace, requests: int, longest: int, capture: bool = True, overlap: bool = True
+) -> Iterator[AutoModel]:
+    """A model in the parallel mode that a command line names.
+
+    Args:
+        options: The command line's, MODEL, `--devices`, `--precompiled-mefs`, `--ep-size` and `--data-parallel-degree`.
+        requests: Most requests of a step, on all replicas.
+        longest: Most tokens of a request.
+        capture: See `max_settings`.
+        overlap: See `max_settings`.
+    """
+    with (
+        equal_replicas(),
+        AutoModel(
+            options.model,
+            devices=options.devices,
+            custom_architectures=["pipelines_registry"],
+            max_batch_size=requests // options.data_parallel_degree,
+            max_length=longest,
+            ep_size=options.ep_size,
+            data_parallel_degree=options.data_parallel_degree,
+            **max_settings(options.devices, options.precompiled_mefs, capture, overlap),
+        ) as model,
+    ):
+        yield model
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,7 @@ from device import (
     cache_bytes,
     device_copy_rate,
     device_numbers,
-    equal_replicas,
-    max_settings,
+    load_in_parallel,
     planned_bytes,
     settle,
 )
@@ -185,19 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = parallel_plan(
         config, max(len(device_numbers(options.devices)), 1), options.ep_size, options.data_parallel_degree
     )
-    with (
-        equal_replicas(),
-        AutoModel(
-            options.model,
-            devices=options.devices,
-            custom_architectures=["pipelines_registry"],
-            max_batch_size=largest // options.data_parallel_degree,
-            max_length=longest,
-            ep_size=options.ep_size,
-            data_parallel_degree=options.data_parallel_degree,
-            **max_settings(options.devices, options.precompiled_mefs),
-        ) as model,
-    ):
+    with load_in_parallel(options, largest, longest) as model:
         load_seconds, load_memory = time.perf_counter() - start, peak_memory_bytes()
         loaded = bytes_in_use(options.devices)
         precision = precision_of(model, options.devices)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from arguments import OneLineParser, devices, positive_int, positive_ints
 from bandwidth import usable_cores
-from device import equal_replicas, max_settings, settle
+from device import load_in_parallel, settle
 from max.driver import DeviceEvent
 from max.engine import Model
 from max.pipelines.lib import graph_capture
@@ -163,19 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vocab_size = as_step3p5_config(AutoConfig.from_pretrained(options.model)).model_config.vocab_size
     report = Report("host", environment, options.model, options.devices, options.ep_size, options.data_parallel_degree)
     print(*environment.lines(), sep="\n", flush=True)
-    with (
-        equal_replicas(),
-        AutoModel(
-            options.model,
-            devices=options.devices,
-            custom_architectures=["pipelines_registry"],
-            max_batch_size=max(options.batches) // options.data_parallel_degree,
-            max_length=PROMPT_TOKENS + SKIPPED_STEPS + options.steps + 2,
-            ep_size=options.ep_size,
-            data_parallel_degree=options.data_parallel_degree,
-            **max_settings(options.devices, options.precompiled_mefs),
-        ) as model,
-    ):
+    with load_in_parallel(options, max(options.batches), PROMPT_TOKENS + SKIPPED_STEPS + options.steps + 2) as model:
         for batch in options.batches:
             result = Steps(model, batch, options.steps, vocab_size, options.devices).look()
             report.results.append(result)

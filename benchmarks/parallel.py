@@ -33,7 +33,7 @@ from bandwidth import usable_cores
 from bounds import bound_seconds, this_gpu
 from busy import SKIPPED_STEPS, kernels_of
 from collectives import CollectiveTime, PassOfDevices
-from device import as_passes, bytes_in_use, device_copy_rate, device_numbers, equal_replicas, max_settings, settle
+from device import as_passes, bytes_in_use, device_copy_rate, device_numbers, load_in_parallel, settle
 from forward import precision_of, run_case
 from forward_cases import Case, Result, evaluate, make_cases
 from max.pipelines.lib.auto_model import AutoModel
@@ -254,19 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gpu=None,
     )
     start = time.perf_counter()
-    with (
-        equal_replicas(),
-        AutoModel(
-            options.model,
-            devices=options.devices,
-            custom_architectures=["pipelines_registry"],
-            max_batch_size=max(*options.batches, 8) // options.data_parallel_degree,
-            max_length=options.max_length,
-            ep_size=options.ep_size,
-            data_parallel_degree=options.data_parallel_degree,
-            **max_settings(options.devices, options.precompiled_mefs, not options.no_capture, not options.no_overlap),
-        ) as model,
-    ):
+    with load_in_parallel(
+        options, max(*options.batches, 8), options.max_length, not options.no_capture, not options.no_overlap
+    ) as model:
         report.load_seconds = time.perf_counter() - start
         report.bytes_in_use = bytes_in_use(options.devices)
         gpu = this_gpu()

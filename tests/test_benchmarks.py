@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bandwidth
 import contention
+import device
 import forward
 import gpu_clock
 import plot
@@ -163,7 +164,7 @@ def test_an_unusable_argument_is_one_line_and_status_2(
 def test_a_run_prints_a_table_and_writes_the_same_as_json(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(forward, "AutoModel", FakeModel)
+    monkeypatch.setattr(device, "AutoModel", FakeModel)
     monkeypatch.setattr(bandwidth, "MINIMUM_ARRAY_BYTES", 1 << 20)
     monkeypatch.setattr(bandwidth, "CACHE_MULTIPLE", 0)
     file = tmp_path / "results" / "run.json"
