@@ -15,7 +15,7 @@ def accept_cpu(all: Accepted):
     for request in range(all.requests):
         var count = all.count(request)
         for row in range(all.rows()):
-            all.store_row(request, row, count, all.token(request, row + 1))
+            all.store_row(request, row, count)
         # A token of the window moves towards its beginning.
         for place in range(all.keep + 1):
             all.store_window(
@@ -51,7 +51,7 @@ struct Step3p5Accept:
         window: MutableInputTensor[dtype=DType.int64, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
-        """See `Accepted` for the operands; `R = K + d + 1`.
+        """See `Accepted` for the operands; `R = d + 1`.
 
         Parameters:
             target: Kind of device.
@@ -77,7 +77,7 @@ struct Step3p5Accept:
         var width = drawn.dim_size(1)
         var keep = kept.dim_size(1)
         var hidden_size = hidden.dim_size(2)
-        var rows = requests * (keep + width)
+        var rows = requests * width
         expect_size(op, "previous[B * R, H], dim 0", previous.dim_size(0), rows)
         expect_size(
             op, "previous[B * R, H], dim H", previous.dim_size(1), hidden_size

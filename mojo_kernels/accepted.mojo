@@ -11,8 +11,9 @@ comptime Tokens = Elements[DType.int64]
 struct Accepted[dtype: DType](DevicePassable, TrivialRegisterPassable):
     """The operands of `step3p5_accept`, and what follows from them for a request.
 
-    A request's rows are the `keep` positions before its last token, then those of what was verified. Row `r` holds the
-    hidden state of its position and, as its token, that of the position after it.
+    Its states are those of the `keep` positions before its last token, then those of what was verified. As many rows as
+    were verified are read next: those up to the last accepted position, which the depths have not read or have read
+    with other drafts. Row `r` holds the hidden state of its position and, as its token, that of the position after it.
     """
 
     var previous: Elements[Self.dtype]
@@ -59,7 +60,16 @@ struct Accepted[dtype: DType](DevicePassable, TrivialRegisterPassable):
     @always_inline
     def rows(self) -> Int:
         """Rows of a request."""
-        return self.keep + self.depth + 1
+        return self.depth + 1
+
+    @always_inline
+    def first(self, count: Int) -> Int:
+        """The first row's place among a request's states, where `count` drafts are accepted.
+
+        Depth `k` reads the token `k + 1` places on, so that it has read the last `k` positions with drafts: those before
+        the first row with accepted ones.
+        """
+        return max(self.keep + count - self.depth, 0)
 
     @always_inline
     def count(self, request: Int) -> Int:
@@ -85,37 +95,39 @@ struct Accepted[dtype: DType](DevicePassable, TrivialRegisterPassable):
         ]
 
     @always_inline
-    def state(self, request: Int, row: Int) -> Elements[Self.dtype]:
-        """Where the hidden state of a row stands before the cycle is over."""
-        if row < self.keep:
+    def state(self, request: Int, place: Int) -> Elements[Self.dtype]:
+        """Where the hidden state at `place` stands before the cycle is over."""
+        if place < self.keep:
             return self.kept.unsafe_offset(
-                (request * self.keep + row) * self.hidden_size
+                (request * self.keep + place) * self.hidden_size
             )
         return self.hidden.unsafe_offset(
-            (request * (self.depth + 1) + row - self.keep) * self.hidden_size
+            (request * (self.depth + 1) + place - self.keep) * self.hidden_size
         )
 
     @always_inline
-    def store_row(self, request: Int, row: Int, count: Int, token: Int64):
-        """The small results of one row, where `count` drafts are accepted."""
+    def store_row(self, request: Int, row: Int, count: Int):
+        """The small results of one row and of one verified token, where `count` drafts are accepted.
+        """
         var at = request * self.rows() + row
-        self.tokens[unsafe_offset=at] = token
+        var place = self.first(count) + row
+        self.tokens[unsafe_offset=at] = self.token(request, place + 1)
         # A row's token at the next depth is that of the row after it; of the last row it is drafted.
-        var is_last = row == self.keep + count
+        var is_last = place == self.keep + count
         self.following[unsafe_offset=at] = Int64(
             self.requests * self.rows() + request if is_last else at + 1
         )
         if is_last:
             self.last_rows[unsafe_offset=request] = Int64(at)
-        if row >= self.keep:
-            var column = row - self.keep
-            var to = request * (self.depth + 2) + column
-            self.summary[unsafe_offset=to] = token
-            if column == self.depth:
-                self.summary[unsafe_offset=to + 1] = Int64(count)
-                self.lengths[unsafe_offset=request] = self.cache_lengths[
-                    unsafe_offset=request
-                ] - UInt32(self.keep)
+        var to = request * (self.depth + 2) + row
+        self.summary[unsafe_offset=to] = self.token(
+            request, self.keep + row + 1
+        )
+        if row == self.depth:
+            self.summary[unsafe_offset=to + 1] = Int64(count)
+            self.lengths[unsafe_offset=request] = self.cache_lengths[
+                unsafe_offset=request
+            ] - UInt32(self.keep - self.first(count))
 
     @always_inline
     def store_window(self, request: Int, place: Int, token: Int64):
@@ -128,12 +140,13 @@ struct Accepted[dtype: DType](DevicePassable, TrivialRegisterPassable):
     def move_states[width: Int](self, request: Int, count: Int, column: Int):
         """`width` columns of the rows' hidden states, and of those to keep.
 
-        A row to keep lies behind the place that it goes to, so that none is overwritten before it is read.
+        A state to keep lies behind the place that it goes to, so that none is overwritten before it is read.
         """
+        var first = self.first(count)
         for row in range(self.rows()):
             var to = (request * self.rows() + row) * self.hidden_size + column
             self.previous.unsafe_offset(to).unsafe_store(
-                self.state(request, row)
+                self.state(request, first + row)
                 .unsafe_offset(column)
                 .unsafe_load[width=width]()
             )

@@ -57,18 +57,21 @@ class AcceptanceCase:
         previous, tokens, following, last_rows, draft_lengths, summary = results
         verified, kept, window = written
         batch, keep = self.kept.shape[:2]
-        rows = keep + self.drawn.shape[1]
+        rows = self.drawn.shape[1]
         np.testing.assert_array_equal(summary, np.concatenate([self.drawn, self.right[:, None]], axis=1))
-        np.testing.assert_array_equal(draft_lengths, self.lengths - np.uint32(keep))
         next_tokens = np.concatenate([tokens, chosen])[following].reshape(batch, rows)
         for request, count in enumerate(self.right):
-            last = keep + count
+            # The rows end with the last accepted position, unless what is known begins behind their beginning.
+            first = max(keep + count + 1 - rows, 0)
+            last = keep + count - first
+            assert draft_lengths[request] == self.lengths[request] - keep + first
             assert last_rows[request] == request * rows + last
             states = np.concatenate([self.kept[request], self.hidden[request]])
-            np.testing.assert_array_equal(previous.reshape(batch, rows, -1)[request], states)
+            np.testing.assert_array_equal(previous.reshape(batch, rows, -1)[request], states[first : first + rows])
             sequence = [*self.window[request], *self.drawn[request]]
-            assert tokens.reshape(batch, rows)[request].tolist() == sequence[1:]
-            assert next_tokens[request, : last + 1].tolist() == [*sequence[2 : last + 2], chosen[request]]
+            assert tokens.reshape(batch, rows)[request].tolist() == sequence[first + 1 : first + 1 + rows]
+            wanted = [*sequence[first + 2 : first + last + 2], chosen[request]]
+            assert next_tokens[request, : last + 1].tolist() == wanted
             np.testing.assert_array_equal(kept[request], states[count + 1 : count + 1 + keep])
             assert window[request].tolist() == sequence[count + 1 : count + 2 + keep]
             assert verified[request].tolist() == [self.drawn[request, count], *self.verified[request, 1:]]

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import route
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from step3p5.checkpoint_tensors import CheckpointDtype, checkpoint_tensors, mtp_tensors
+from step3p5.byte_account import experts_hit
+from step3p5.checkpoint_tensors import CheckpointDtype, TensorRole, TensorSpec, checkpoint_tensors, mtp_tensors
 from step3p5.config_parser import parse_model_config
 from step3p5.layer_config import AttentionKind, MoEConfig
 from step3p5.pretrained_config import Step3p5PretrainedConfig
@@ -27,6 +29,7 @@ from step3p5.random_checkpoint.__main__ import main
 from step3p5.random_checkpoint.hub_config import hub_config
 from step3p5.random_checkpoint.presets import PRESETS
 from step3p5.random_checkpoint.random_values import bfloat16_bits
+from step3p5.random_checkpoint.scales import distribution
 from step3p5.random_checkpoint.tokenizer import tokenizer_files
 
 SEED = 11
@@ -115,6 +118,19 @@ def test_tensors_are_normal_with_the_scale_of_their_role(tiny: Path) -> None:
     assert abs(experts.mean()) < 0.001
     assert np.abs(experts).max() > 4 * experts.std()
     assert qk_norm.mean() == pytest.approx(0.4, abs=0.03)
+
+
+@pytest.mark.parametrize("num_tokens", [32, 64, 256])
+def test_experts_are_hit_as_evenly_as_bytes_are_counted(rng: np.random.Generator, num_tokens: int) -> None:
+    """At the released sizes, where hidden states are normal and nothing they share draws them to the same experts."""
+    model = parse_model_config(hub_config(PRESETS["flash"], 4, CheckpointDtype.FLOAT32))
+    moe = model.layers[3].mlp
+    assert isinstance(moe, MoEConfig)
+    shapes = {TensorRole.ROUTER: (moe.num_experts, model.hidden_size), TensorRole.ROUTER_BIAS: (moe.num_experts,)}
+    weights = {role: distribution(TensorSpec(shape, role)) for role, shape in shapes.items()}
+    router, bias = (rng.normal(weights[role].mean, weights[role].std, shape) for role, shape in shapes.items())
+    experts, _ = route(rng.standard_normal((num_tokens, model.hidden_size)) @ router.T, bias, moe.top_k, True, 1.0)
+    assert len(np.unique(experts)) > 0.9 * experts_hit(moe, num_tokens)
 
 
 def test_bfloat16_checkpoint_is_the_float32_one_rounded(tiny: Path, tmp_path: Path) -> None:

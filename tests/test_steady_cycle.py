@@ -83,6 +83,9 @@ def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) ->
     def keep_launch(cycle: SteadyCycle, caches: Any, sample: Sampler | None) -> Any:
         sizes.append((cycle.batch_size, cycle.depth))
         tokens = cycle._verified.to_numpy().reshape(cycle.batch_size, -1)
+        for (cache,) in caches.values():
+            # The depths take the target's own number of rows.
+            assert cache.max_prompt_length.to_numpy().item() == cycle.depth + 1
         lengths = next(iter(caches.values()))[0].cache_lengths.to_numpy()
         for place, member in pipeline._run:
             # A request may have tokens by now that its context has yet to learn of.

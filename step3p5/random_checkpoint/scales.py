@@ -62,8 +62,9 @@ SCALES: Mapping[TensorRole, Scale] = {
     TensorRole.EXPERT_DOWN: _projection(0.05),
     # Router logits of standard deviation 1.5: sigmoid scores from 0.05 to 0.95.
     TensorRole.ROUTER: _projection(1.5),
-    # Moves the choice of experts without deciding it.
-    TensorRole.ROUTER_BIAS: Scale(0.05),
+    # Decides between experts that are about as good. The chosen scores lie so near to one that a bias of 0.05 would
+    # send most tokens to the same third of 288 experts; a trained model's bias spreads them evenly.
+    TensorRole.ROUTER_BIAS: Scale(0.01),
     TensorRole.MTP_PROJECTION: _projection(1.0),
 }
 """The scale of every role. A projection's gain is the standard deviation of its output on normed input."""

@@ -1,9 +1,13 @@
 """The graphs of a cycle that needs no host between verifying and drafting: acceptance and the next tokens.
 
-Names of dimensions: `B` requests, `d` depths that draft, `K` positions that they read once more (one less than the
-deepest cycle has depths), `R = K + d + 1` rows of a request in a pass of the depths. A cycle begins with `p` positions
-in each request's cache; its rows stand for the positions `p - K … p + d`, whether their tokens were accepted or not:
-what lies behind the last accepted one is read by nobody and written again by the next cycle.
+Names of dimensions: `B` requests, `d` depths that draft, `K` positions that they may read once more (one less than the
+deepest cycle has depths), `R = d + 1` rows of a request in a pass of the depths.
+
+A cycle begins with `p` positions in each request's cache and adds those of its last token and of `m <= d` accepted
+drafts. Depth `k` reads the token `k + 1` places on: before the cycle it has read the positions `p - k … p - 1` with
+drafts, and the last `k - m` of these, if any, with drafts that are not accepted. What it has to read is therefore
+within the `d + 1` positions up to `p + m`, the last accepted one. Where these begin before `p - K`, the rows begin
+there, and those behind `p + m` are read by nobody and written again by the next cycle.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ class Acceptance(Module):
             how many of its drafts were accepted.
         """
         batch, verified_each = drawn.shape[0], drawn.shape[1]
-        rows = batch * (verified_each + (self.deepest - 1))
+        rows = batch * verified_each
 
         def of(dtype: DType, *shape: DimLike) -> TensorType:
             return TensorType(dtype, shape, self.device)

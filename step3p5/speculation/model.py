@@ -323,15 +323,8 @@ class SpeculativeStep3p5Model(Step3p5Model):
             hidden_size=config.model.hidden_size,
             hidden_dtype=activation_dtype(config.dtype, config.devices[0]),
             device=self.devices[0],
-            dispatch_metadata=self._dispatch_metadata,
             longest=longest,
         )
-
-    def _dispatch_metadata(self, kind: str, batch_size: int, max_rows: int, max_length: int) -> Buffer:
-        """How the attention of a kind of cache is laid out for requests of at most `max_rows` rows each."""
-        params = self.arch_config_as(Step3p5Config).kv_params.child(kind, KVCacheParams)
-        key = params.resolve_attn_key(batch_size, max_rows, max_length)
-        return key.pack_into_buffer(self.devices[0], max_length)
 
     @cached_property
     def _depth_scalars(self) -> list[tuple[Buffer, Buffer]]:
@@ -360,7 +353,9 @@ class SpeculativeStep3p5Model(Step3p5Model):
         if len(drafting) < pages.shape[0]:
             pages = Buffer.from_numpy(pages.to_numpy()[list(drafting)]).to(self.devices[0])
         if metadata is not None:
-            metadata = self._dispatch_metadata(kind, len(drafting), plan.max_prompt_length, plan.max_length)
+            params = self.arch_config_as(Step3p5Config).kv_params.child(kind, KVCacheParams)
+            key = params.resolve_attn_key(len(drafting), plan.max_prompt_length, plan.max_length)
+            metadata = key.pack_into_buffer(self.devices[0], plan.max_length)
         return dataclasses.replace(
             cache,
             lookup_table=pages,

@@ -75,9 +75,6 @@ class CycleGraphs:
     hidden_size: int
     hidden_dtype: DType
     device: Device
-    dispatch_metadata: Callable[[str, int, int, int], Buffer]
-    """The attention's dispatch metadata of a kind of cache, by requests, rows of each and the greatest length."""
-
     longest: int
     """Positions for which a captured graph's attention is laid out."""
 
@@ -88,7 +85,7 @@ class CycleGraphs:
 
     @property
     def keep(self) -> int:
-        """Positions that the depths read once more: all of them, whichever run, so that cycles can follow any other."""
+        """Positions that the depths may read once more: the same for cycles of every depth, so that any can follow."""
         return len(self.depths) - 1
 
 
@@ -141,17 +138,13 @@ class SteadyCycle:
         self._depths = list(zip(graphs.depths, graphs.depth_inputs, strict=True))[:depth]
         self._cycles = 0
         keep = graphs.keep
-        self.rows_each = keep + depth + 1
         self._verified = self._buffer(DType.int64, batch_size * (depth + 1))
         self._window = self._buffer(DType.int64, batch_size, keep + 1)
         self._kept = self._buffer(graphs.hidden_dtype, batch_size, keep, graphs.hidden_size)
         self._offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(depth + 1))
         self._logit_rows = self._constant(np.arange(batch_size * (depth + 1)))
         self._next_places = self._constant(np.arange(batch_size * (depth + 1)).reshape(depth + 1, -1).T.reshape(-1))
-        self._draft_offsets = self._constant(np.arange(batch_size + 1, dtype=np.uint32) * np.uint32(self.rows_each))
         self._unknown = self._constant(np.full(batch_size, UNKNOWN_TOKEN, dtype=np.int64))
-        self._most_rows = Buffer.from_numpy(np.array([self.rows_each], dtype=np.uint32))
-        self._metadata: dict[str, Buffer] = {}
         # A copy goes on after the call, on a CPU too, and keeps no source alive. A cycle lies between two of these.
         self._begun: deque[Sequence[Buffer]] = deque(maxlen=4)
         self._drafted: list[Buffer] = []
@@ -230,8 +223,9 @@ class SteadyCycle:
         if not self._depths:
             return outcome
         graphs.refresh_heads()  # a copy a head, which the host starts while the target verifies
+        # A depth reads as many rows of each request as the target, at other positions.
         leaves = {
-            kind: cache_leaves(self._draft_cache(kind, caches[kind][0], lengths))
+            kind: cache_leaves(dataclasses.replace(caches[kind][0], cache_lengths=lengths))
             for kind in {inputs.kind for _, inputs in self._depths}
         }
         self._drafted = []
@@ -243,7 +237,7 @@ class SteadyCycle:
                 following,
                 last_rows,
                 self._unknown,
-                self._draft_offsets,
+                self._offsets,
                 *inputs.scalars,
                 *inputs.head(),
                 *leaves[inputs.kind],
@@ -308,19 +302,6 @@ class SteadyCycle:
             ready = self._device.default_queue.record_event()
         accepted = on_host[:, -1] if self.depth else np.zeros(self.batch_size, dtype=np.int64)
         return Outcome(ready, on_host[:, : self.depth + 1], accepted, states)
-
-    def _draft_cache(self, kind: str, cache: Cache, cache_lengths: Buffer) -> Cache:
-        """The cache of `kind` as the depths see it."""
-        if cache.attention_dispatch_metadata is not None and kind not in self._metadata:
-            self._metadata[kind] = self._graphs.dispatch_metadata(
-                kind, self.batch_size, self.rows_each, self._graphs.longest
-            )
-        return dataclasses.replace(
-            cache,
-            cache_lengths=cache_lengths,
-            max_prompt_length=self._most_rows,
-            attention_dispatch_metadata=self._metadata.get(kind),
-        )
 
     def _buffer(self, dtype: DType, *shape: int) -> Buffer:
         return Buffer.zeros(shape, dtype, self._device)
