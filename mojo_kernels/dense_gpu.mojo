@@ -110,12 +110,14 @@ def _multiply[
     ctx: DeviceContext,
 ) raises:
     """Enqueues the kernel that the plan names."""
+    var row_tiles = products.row_tiles()
+    var multiprocessors = ctx.default_device_info.sm_count
     var plan = plan_dense(
         tokens,
-        products.row_tiles(),
+        row_tiles,
         ceildiv(depth, TILE_K),
         TILE_M // P.Output.BOX_ROWS,
-        ctx.default_device_info.sm_count,
+        multiprocessors,
     )
 
     def split[width: Int, stages: Int, blocks: Int]() raises {imm}:
@@ -130,6 +132,8 @@ def _multiply[
 
     if plan.width == 64:
         split[64, 4, 2]()
+    elif plan.is_alone(tokens, row_tiles, multiprocessors):
+        split[128, 6, 1]()
     elif plan.width == 128:
         split[128, 3, 2]()
     elif plan.width == 192 and plan.in_pairs():

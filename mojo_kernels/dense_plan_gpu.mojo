@@ -17,6 +17,9 @@ comptime STAGE_TOKEN = 9
 """... quarters of a nanosecond for each token. Shared memory sets this pace: for a tile of 256 tokens it is that of the
 tensor cores, for narrower ones slower."""
 
+comptime STAGE_ALONE = 112
+"""As `STAGE`, with a ring twice as deep: the next copies are asked for so early that nothing waits for them."""
+
 comptime COPY = 45
 """Nanoseconds from one copy of a stage's weights to the next, where there are several."""
 
@@ -43,6 +46,23 @@ struct DensePlan(ImplicitlyCopyable):
     var splits: Int
     """Blocks that share a tile's depth: 1, 2, 4 or 8."""
 
+    def blocks(self, tokens: Int, row_tiles: Int) -> Int:
+        """Blocks of a product that is not done in pairs."""
+        return row_tiles * ceildiv(tokens, self.width) * self.splits
+
+    def is_alone(
+        self, tokens: Int, row_tiles: Int, multiprocessors: Int
+    ) -> Bool:
+        """Whether blocks that could share a multiprocessor need not, and take the ring that two have room for.
+
+        Larger clusters find too few places if each of their blocks must have a multiprocessor.
+        """
+        return (
+            self.width == 128
+            and self.splits <= 2
+            and self.blocks(tokens, row_tiles) <= multiprocessors
+        )
+
     def in_pairs(self) -> Bool:
         """Whether pairs of persistent blocks share the tokens of their tiles (`dense_wgmma_gpu`).
         """
@@ -59,8 +79,8 @@ def dense_cost(
 ) -> Int:
     """Estimated nanoseconds: the slowest of memory, cache, multiprocessors and copies, and the splits' additions.
 
-    Fitted to 48 products of 64 to 512 tokens on an H200, of which it is off by 8 % in the median and 22 % at most; small
-    products, not among them, take about 4 microseconds more.
+    Fitted to 48 products of 64 to 512 tokens on an H200, of which it is off by 8 % in the median and 22 % at most, before
+    blocks of 128 tokens could have a multiprocessor alone; small products, not among them, take about 4 microseconds more.
 
     Args:
         plan: How the product is cut.
@@ -70,9 +90,10 @@ def dense_cost(
         copies: How many bring the weights of a stage where blocks do not work in pairs.
         multiprocessors: Of the GPU.
     """
-    var blocks = row_tiles * ceildiv(tokens, plan.width) * plan.splits
+    var blocks = plan.blocks(tokens, row_tiles)
+    var alone = plan.is_alone(tokens, row_tiles, multiprocessors)
     # Two blocks with at most 128 tokens fit on a multiprocessor.
-    var resident = 2 if plan.width <= 128 else 1
+    var resident = 2 if plan.width <= 128 and not alone else 1
     var places = multiprocessors
     if plan.splits >= 4 and resident == 1:
         places -= OUTSIDE_CLUSTERS
@@ -83,7 +104,8 @@ def dense_cost(
     var brought = plan.width // 2 if plan.in_pairs() else plan.width
     var cache = blocks * each * ((TILE_M + brought) * TILE_K * 2) // CACHE
     var rounds = ceildiv(blocks, places)
-    var multiply = rounds * each * (STAGE + plan.width * STAGE_TOKEN // 4)
+    var stage = STAGE_ALONE if alone else STAGE
+    var multiply = rounds * each * (stage + plan.width * STAGE_TOKEN // 4)
     var copy = 0
     if not plan.in_pairs():
         copy = ceildiv(blocks, places * resident) * each * copies * COPY
