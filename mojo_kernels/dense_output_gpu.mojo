@@ -56,10 +56,6 @@ trait DenseOutput(TrivialRegisterPassable):
         """
         ...
 
-    def matrix[index: Int](self, sums: Quad) -> Pair:
-        """A lane's part of one matrix of results, in bfloat16."""
-        ...
-
     def plain(self) -> LinearOutput[Self.dtype]:
         """The same results, as they are."""
         ...
@@ -104,6 +100,7 @@ struct LinearOutput[element: DType](DenseOutput):
 
     @always_inline
     def matrix[index: Int](self, sums: Quad) -> Pair:
+        """A lane's part of one matrix, in bfloat16."""
         return Pair(
             sums[2 * index].cast[DType.bfloat16](),
             sums[2 * index + 1].cast[DType.bfloat16](),
@@ -186,13 +183,6 @@ struct SwigluOutput(DenseOutput):
         return gated * linear
 
     @always_inline
-    def matrix[index: Int](self, sums: Quad) -> Pair:
-        return Pair(
-            self.activation(sums[0], sums[2]).cast[DType.bfloat16](),
-            self.activation(sums[1], sums[3]).cast[DType.bfloat16](),
-        )
-
-    @always_inline
     def plain(self) -> LinearOutput[DType.bfloat16]:
         return LinearOutput(self.act, self.intermediate_size)
 
@@ -209,14 +199,11 @@ struct SwigluOutput(DenseOutput):
 
     @always_inline
     def store(self, sums: Quad, row: Int, token: Int, tokens: Int):
-        store_pair(
-            self.act,
-            self.intermediate_size,
-            self.matrix[0](sums),
-            row,
-            token,
-            tokens,
+        var pair = Pair(
+            self.activation(sums[0], sums[2]).cast[DType.bfloat16](),
+            self.activation(sums[1], sums[3]).cast[DType.bfloat16](),
         )
+        store_pair(self.act, self.intermediate_size, pair, row, token, tokens)
 
 
 @always_inline

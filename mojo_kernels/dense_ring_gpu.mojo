@@ -18,7 +18,6 @@ from max.gpu.memory import (
     fence_mbarrier_init,
 )
 from std.memory import unsafe_stack_allocation
-from std.sys._assembly import inlined_assembly
 from std.utils.static_tuple import StaticTuple
 
 from .dense_maps_gpu import BF16, WeightMaps
@@ -47,16 +46,11 @@ comptime Sums[N: Int] = StaticTuple[Float32, N // 2]
 of the warp's 16."""
 
 
-struct DenseRing[N: Int, STAGES: Int, SHARERS: Int, LAG: Int = 0](
-    ImplicitlyCopyable
-):
+struct DenseRing[N: Int, STAGES: Int, SHARERS: Int](ImplicitlyCopyable):
     """One thread's place in the ring. A stage holds `[TILE_M, TILE_K]` of weights and `[N, TILE_K]` of tokens, swizzled.
 
     The `SHARERS` blocks of a cluster each bring an equal part of the tokens to all of them, so that a stage is free
     when every one of them is done with it.
-
-    The second group of multiplying warps begins a tile `LAG` steps after the first, so that the one stores results
-    while the other multiplies.
     """
 
     comptime BYTES = Self.STAGES * (TILE_M + Self.N) * TILE_K * 2
@@ -141,14 +135,9 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int, LAG: Int = 0](
         """The loading warp announces a stage's weights and `token_rows` rows of tokens.
         """
         if lane_id() == 0:
-            self.announce(token_rows)
-
-    @always_inline
-    def announce(self, token_rows: Int):
-        """As `expect`, by the calling thread."""
-        self.full[unsafe_offset=self.stage].expect_bytes(
-            Int32((TILE_M + token_rows) * TILE_K * 2)
-        )
+            self.full[unsafe_offset=self.stage].expect_bytes(
+                Int32((TILE_M + token_rows) * TILE_K * 2)
+            )
 
     @always_inline
     def load_weights[
@@ -188,7 +177,6 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int, LAG: Int = 0](
 
     @always_inline
     def load_tile[
-        BOX_ROWS: Int,
         TENSORS: Int,
         EVICTION: CacheEviction,
         *,
@@ -202,8 +190,8 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int, LAG: Int = 0](
         row: Int,
         column: Int,
     ):
-        """The calling thread starts the copies of a stage's weights: `BOX_ROWS` of the first of `TENSORS` tensors, of
-        the second, ...
+        """The calling thread starts the copies of a stage's weights: an equal part of each of `TENSORS` tensors, one
+        behind the other.
 
         One thread starts them, since several lanes' copies run one after the other at a cost of their own.
 
@@ -213,15 +201,16 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int, LAG: Int = 0](
             row: First row in each tensor; rows behind the last become zero.
             column: First column, likewise.
         """
-        comptime for i in range(TILE_M // BOX_ROWS):
+        comptime ROWS = TILE_M // TENSORS
+        comptime for i in range(TENSORS):
             maps.copy[EVICTION](
-                tensor + i % TENSORS,
+                tensor + i,
                 TileTensor(
-                    self.weights().unsafe_offset(i * BOX_ROWS * TILE_K),
-                    row_major[BOX_ROWS, TILE_K](),
+                    self.weights().unsafe_offset(i * ROWS * TILE_K),
+                    row_major[ROWS, TILE_K](),
                 ),
                 self.full[unsafe_offset=self.stage],
-                (column, row + i // TENSORS * BOX_ROWS),
+                (column, row),
             )
 
     @always_inline
@@ -296,29 +285,6 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int, LAG: Int = 0](
             )
 
     @always_inline
-    def await_lead(self, group: Int, steps: Int):
-        """The second group waits until the first has begun step `LAG` of the tile.
-
-        The first cannot tell it twice before it waits: in the next tile the first needs a stage by then that the second
-        releases in this one, if a tile takes all stages.
-        """
-        comptime assert Self.LAG < Self.STAGES
-        comptime if Self.LAG > 0:
-            if group == 1 and steps >= Self.STAGES:
-                inlined_assembly[
-                    "bar.sync 3, 256;", NoneType, constraints="~{memory}"
-                ]()
-
-    @always_inline
-    def tell_lead(self, group: Int, step: Int, steps: Int):
-        """The first group lets the second begin."""
-        comptime if Self.LAG > 0:
-            if group == 0 and step == Self.LAG and steps >= Self.STAGES:
-                inlined_assembly[
-                    "bar.arrive 3, 256;", NoneType, constraints="~{memory}"
-                ]()
-
-    @always_inline
     def multiply[
         COLUMNS: Int
     ](mut self, group: Int, steps: Int) -> Sums[COLUMNS]:
@@ -328,10 +294,8 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int, LAG: Int = 0](
         """
         var sums = Sums[COLUMNS](fill=0)
         var last = self.stage
-        self.await_lead(group, steps)
         for step in range(steps):
             self.wait_full()
-            self.tell_lead(group, step, steps)
             wgmma_fence_aligned()
             comptime for i in range(TILE_K // 16):
                 sums = wgmma_async[64, COLUMNS, 16, a_type=BF16, b_type=BF16](
@@ -364,10 +328,8 @@ struct DenseRing[N: Int, STAGES: Int, SHARERS: Int, LAG: Int = 0](
         var upper = Sums[COLUMNS](fill=0)
         var lower = Sums[COLUMNS](fill=0)
         var last = self.stage
-        self.await_lead(group, steps)
         for step in range(steps):
             self.wait_full()
-            self.tell_lead(group, step, steps)
             wgmma_fence_aligned()
             comptime for i in range(TILE_K // 16):
                 var tokens = descriptor(

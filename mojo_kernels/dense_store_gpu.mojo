@@ -7,48 +7,12 @@ from std.memory import bitcast
 from std.sys._assembly import inlined_assembly
 from std.utils.static_tuple import StaticTuple
 
-from .dense_output_gpu import DenseOutput, Quad
+from .dense_output_gpu import DenseOutput, LinearOutput, Quad
 from .dense_ring_gpu import DenseRing, SharedTile, Sums
 from .operands import Elements
 
 comptime STAGED_TOKENS = 64
 """Tokens whose results a warp group brings in order at a time."""
-
-
-comptime MATRIX_ROWS = 8
-"""Rows of results in a matrix, the unit in which a warp holds them."""
-
-
-trait TileStore:
-    """How a warp group's results go to memory."""
-
-    def store[
-        D: DenseOutput, //, N: Int
-    ](self, output: D, rows: TokenRange, sums: Sums[N], group: Int, row: Int):
-        """A warp group stores its 64 weight rows' results.
-
-        Args:
-            output: The product.
-            rows: Where the tile's tokens go.
-            sums: The thread's sums.
-            group: Index of the warp group, 0 or 1.
-            row: First result of the group.
-        """
-        ...
-
-
-@fieldwise_init
-struct ThreadStore(ImplicitlyCopyable, TileStore):
-    """By its threads."""
-
-    var staging: SharedTile
-    """The group's room for `STAGED_TOKENS` tokens."""
-
-    @always_inline
-    def store[
-        D: DenseOutput, //, N: Int
-    ](self, output: D, rows: TokenRange, sums: Sums[N], group: Int, row: Int):
-        store_tile[N](output, rows, sums, self.staging, group, row)
 
 
 @fieldwise_init
@@ -73,6 +37,9 @@ struct TokenRange(ImplicitlyCopyable):
 comptime STAGING_BYTES = 2 * STAGED_TOKENS * 128
 """Shared memory for what both warp groups bring in order."""
 
+comptime PIECES = 8
+"""Pieces of 16 bytes of a token's results of 64 weight rows."""
+
 
 @always_inline
 def staging_of(base: SharedTile, begin: Int, group: Int) -> SharedTile:
@@ -83,9 +50,9 @@ def staging_of(base: SharedTile, begin: Int, group: Int) -> SharedTile:
 
 @always_inline
 def store_tile[
-    D: DenseOutput, //, N: Int
+    dtype: DType, //, N: Int
 ](
-    output: D,
+    output: LinearOutput[dtype],
     rows: TokenRange,
     sums: Sums[N],
     staging: SharedTile,
@@ -102,12 +69,19 @@ def store_tile[
         group: Index of the warp group, 0 or 1.
         row: First result of the group.
     """
-    comptime if D.dtype == DType.bfloat16:
-        store_lines[N](output, rows, sums, staging, group, row)
-    else:
-        var of_warp = (
-            row + Int(thread_idx.x) % 128 // 32 * MATRIX_ROWS * D.MATRICES
+    comptime if dtype == DType.bfloat16:
+        store_lines[N](
+            LinearOutput(
+                rebind[Elements[DType.bfloat16]](output.y), output.out_features
+            ),
+            rows,
+            sums,
+            staging,
+            group,
+            row,
         )
+    else:
+        var of_warp = row + Int(thread_idx.x) % 128 // 32 * 16
         comptime for j in range(N // 8):
             output.store(
                 Quad(
@@ -124,9 +98,9 @@ def store_tile[
 
 @always_inline
 def store_lines[
-    D: DenseOutput, //, N: Int
+    N: Int
 ](
-    output: D,
+    output: LinearOutput[DType.bfloat16],
     rows: TokenRange,
     sums: Sums[N],
     staging: SharedTile,
@@ -134,10 +108,11 @@ def store_lines[
     row: Int,
 ):
     """`store_tile` in bfloat16, whole rows of results at a time."""
-    # Pieces of 16 bytes of a token's results: one for each of four warps' matrices.
-    comptime PIECES = 4 * D.MATRICES
-    var results = rebind[Elements[DType.bfloat16]](output.results())
     var thread = Int(thread_idx.x) % 128
+    var lane = Int(lane_id())
+    var index = lane // 8
+    var from_token = index // 2 * 8 + lane % 8
+    var from_piece = thread // 32 * 2 + index % 2
     comptime for begin in range(0, N, STAGED_TOKENS):
         comptime COUNT = min(STAGED_TOKENS, N - begin)
         comptime PASSES = ceildiv(COUNT * PIECES, 128)
@@ -152,52 +127,36 @@ def store_lines[
             else:
                 if t < COUNT:
                     to_rows[i] = Int32(rows.row(begin + t))
-        stage_tokens[N, begin, COUNT](output, sums, staging)
+        comptime for j in range(0, COUNT // 8, 2):
+            var words = StaticTuple[UInt32, 4](fill=0)
+            comptime for m in range(4):
+                comptime octet = j + m // 2
+                comptime if octet < COUNT // 8:
+                    comptime s = 4 * (begin // 8 + octet)
+                    words[m] = bitcast[DType.uint32, 1](
+                        output.matrix[m % 2](
+                            Quad(sums[s], sums[s + 1], sums[s + 2], sums[s + 3])
+                        )
+                    )
+            store_matrices(
+                staging.unsafe_offset(
+                    piece_offset(from_token + j * 8, from_piece)
+                ),
+                words,
+            )
         group_barrier(group)
         comptime for i in range(PASSES):
             var place = thread + i * 128
             var t = place // PIECES
             var piece = place % PIECES
             var values = staging.unsafe_offset(
-                piece_offset[PIECES](t, piece)
+                piece_offset(t, piece)
             ).unsafe_load[width=8, alignment=16]()
             var to = row + piece * 8
             if to_rows[i] >= 0 and to < output.features():
-                results.unsafe_offset(
+                output.y.unsafe_offset(
                     Int(to_rows[i]) * output.features() + to
                 ).unsafe_store[alignment=16](values)
-
-
-@always_inline
-def stage_tokens[
-    D: DenseOutput, //, N: Int, begin: Int, COUNT: Int
-](output: D, sums: Sums[N], staging: SharedTile):
-    """A warp group brings the results of `COUNT` of the tile's tokens, from `begin` on, in order.
-    """
-    comptime PIECES = 4 * D.MATRICES
-    var lane = Int(lane_id())
-    var index = lane // 8
-    var from_token = index // D.MATRICES * 8 + lane % 8
-    var from_piece = (
-        Int(thread_idx.x) % 128 // 32 * D.MATRICES + index % D.MATRICES
-    )
-    comptime for j in range(0, COUNT // 8, 4 // D.MATRICES):
-        var words = StaticTuple[UInt32, 4](fill=0)
-        comptime for m in range(4):
-            comptime octet = j + m // D.MATRICES
-            comptime if octet < COUNT // 8:
-                comptime s = 4 * (begin // 8 + octet)
-                words[m] = bitcast[DType.uint32, 1](
-                    output.matrix[m % D.MATRICES](
-                        Quad(sums[s], sums[s + 1], sums[s + 2], sums[s + 3])
-                    )
-                )
-        store_matrices(
-            staging.unsafe_offset(
-                piece_offset[PIECES](from_token + j * 8, from_piece)
-            ),
-            words,
-        )
 
 
 @always_inline
@@ -206,68 +165,52 @@ def multiply_tile[
     STAGES: Int,
     SHARERS: Int,
     MAX_N: Int,
-    LAG: Int,
-    Store: TileStore,
     //,
     N: Int,
-    BOX_ROWS: Int,
 ](
     output: D,
     rows: TokenRange,
-    mut ring: DenseRing[MAX_N, STAGES, SHARERS, LAG],
+    mut ring: DenseRing[MAX_N, STAGES, SHARERS],
     steps: Int,
-    store: Store,
+    staging: SharedTile,
     group: Int,
     row: Int,
 ):
     """A warp group's half of a tile of `N` tokens, from the ring to the results.
 
-    A group takes 64 of the ring's rows of weights with all tokens. Of two weight tensors that do not alternate by
-    `D.BOX_ROWS` rows it takes 64 rows of both with half of the tokens: a lane must hold both sums of an activation.
-
-    Parameters:
-        D: What becomes of the sums.
-        STAGES: Of the ring.
-        SHARERS: Of the ring.
-        MAX_N: Of the ring.
-        LAG: Of the ring.
-        Store: How results go to memory.
-        N: Number of tokens.
-        BOX_ROWS: Rows of a weight tensor that lie together in the ring.
+    Of one weight tensor a group takes 64 rows with all tokens; of two it takes 64 rows of both with half of the tokens,
+    so that a lane holds both sums of an activation.
 
     Args:
         output: The product.
         rows: Where the tile's tokens go.
         ring: The ring, whose loader brings the tile next.
         steps: Stages of the tile.
-        store: How results go to memory.
+        staging: See `store_tile`.
         group: Index of the warp group, 0 or 1.
         row: First result of the tile.
     """
-    comptime if BOX_ROWS == D.BOX_ROWS:
+    comptime if D.TENSORS == 1:
         var sums = ring.multiply[N](group, steps)
-        store.store[N](
-            output,
-            rows,
-            sums,
-            group,
-            row + group * 4 * MATRIX_ROWS * D.MATRICES,
+        store_tile[N](
+            output.plain(), rows, sums, staging, group, row + group * 64
         )
     else:
         comptime HALF = N // 2
         var first, second = ring.multiply_both[HALF](group, steps)
         var results = output.activated(first, second)
-        store.store[HALF](
+        store_tile[HALF](
             output.plain(),
             rows.behind(group * HALF),
             results,
+            staging,
             group,
             row,
         )
 
 
 @always_inline
-def piece_offset[PIECES: Int](token: Int, piece: Int) -> Int:
+def piece_offset(token: Int, piece: Int) -> Int:
     """Where a piece of 16 bytes is staged: eight tokens' same pieces, and eight neighbouring pieces, hit all banks.
     """
     return (token * PIECES + (piece ^ (token * PIECES // 8 % PIECES))) * 8

@@ -20,12 +20,7 @@ from std.utils.static_tuple import StaticTuple
 from .dense_maps_gpu import NoMap, WeightMaps
 from .dense_products_gpu import DenseProducts
 from .dense_ring_gpu import BF16, DenseRing, LOADER, SWIZZLE, THREADS
-from .dense_store_gpu import (
-    STAGING_BYTES,
-    ThreadStore,
-    multiply_tile,
-    staging_of,
-)
+from .dense_store_gpu import STAGING_BYTES, multiply_tile, staging_of
 from .dense_tokens_gpu import TokenTiles
 from .grouped_tiles_gpu import TILE_K, TILE_M
 from .operands import Elements
@@ -108,11 +103,9 @@ def dense_wgmma[
             for step in range(steps):
                 ring.wait_empty()
                 ring.expect(token_tiles.each())
-                ring.load_tile[
-                    TILE_M // P.Output.TENSORS,
-                    P.Output.TENSORS,
-                    CacheEviction.EVICT_NORMAL,
-                ](maps, rows.tensor, rows.row, step * TILE_K)
+                ring.load_tile[P.Output.TENSORS, CacheEviction.EVICT_NORMAL](
+                    maps, rows.tensor, rows.row, step * TILE_K
+                )
                 ring.load_tokens(
                     x, rank, token_tiles.share, token, step * TILE_K
                 )
@@ -123,16 +116,16 @@ def dense_wgmma[
             ring.step()
         return
     var group = warp // 4
-    var store = ThreadStore(staging_of(ring.base, ring.BYTES, group))
+    var staging = staging_of(ring.base, ring.BYTES, group)
     for tile in range(first_tile, tiles, clusters):
         var place = DenseTile.of(tile, row_groups, token_tiles.count)
         var rows = products.row_tile(place.row_group * SHARERS + rank)
-        multiply_tile[N, TILE_M // P.Output.TENSORS](
+        multiply_tile[N](
             rows.output,
             token_tiles.range(place.token_tile),
             ring,
             steps,
-            store,
+            staging,
             group,
             rows.row,
         )

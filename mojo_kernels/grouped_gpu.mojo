@@ -4,21 +4,15 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.utils.numerics import inf
 
-from .dense_output_gpu import LinearOutput, SwigluOutput
+from .dense_output_gpu import DenseOutput, LinearOutput, SwigluOutput
 from .grouped_combine_gpu import launch_combine, launch_places
-from .grouped_config_gpu import (
-    FEW,
-    FEW_TOKENS,
-    MANY,
-    MANY_TOKENS,
-    MIDDLE,
-    TileConfig,
-)
 from .grouped_plain_gpu import launch_down_plain, launch_gate_up_plain
 from .grouped_sort_gpu import launch_sort
 from .grouped_tiles_gpu import TILE_M
-from .grouped_tokens_gpu import ChosenTokens, SortedTokens
-from .grouped_wgmma_gpu import GroupedShape, launch_grouped_wgmma
+from .grouped_wgmma_gpu import (
+    GroupedShape,
+    launch_grouped_wgmma,
+)
 from .operands import Elements, Floats, Ids
 
 comptime BFloats = Elements[DType.bfloat16]
@@ -28,6 +22,24 @@ comptime PARTS_BYTES = 256 * 1024 * 1024
 
 comptime SORTED_BYTES = 512 * 1024 * 1024
 """Most memory for tokens in the order of the experts."""
+
+comptime FEW_TOKENS = 768
+"""Up to so many tokens, 64 columns of tokens a tile leave most room for weights on their way."""
+
+comptime MANY_TOKENS = 3072
+"""From so many tokens on, tiles of 256 columns."""
+
+comptime SHARERS = 2
+"""Blocks of a cluster that share an expert's tokens."""
+
+comptime FEW_BOX = 32
+"""Tokens that one copy brings, up to `FEW_TOKENS`."""
+
+comptime MIDDLE_BOX = 32
+"""Likewise between `FEW_TOKENS` and `MANY_TOKENS`."""
+
+comptime MANY_BOX = 64
+"""Likewise from `MANY_TOKENS` on."""
 
 
 def gate_up_grouped(
@@ -110,84 +122,21 @@ def _gate_up_wgmma(
     hidden_size: Int,
     ctx: DeviceContext,
 ) raises:
-    """The activations by the kernels for so many tokens."""
-
-    def chosen[config: TileConfig]() raises {imm}:
-        comptime if config.feeders > 0:
-            launch_grouped_wgmma[config, config.rows](
-                output,
-                offsets,
-                gate,
-                up,
-                x,
-                tokens,
-                ChosenTokens[config.feeders](rows, Int32(top_k)),
-                GroupedShape(
-                    experts,
-                    output.features(),
-                    0,
-                    output.features(),
-                    hidden_size,
-                    0,
-                    tokens * top_k,
-                ),
-                output.limit,
-                ctx,
-            )
-        else:
-            _gate_up_sorted[config](
-                output,
-                x,
-                gate,
-                up,
-                rows,
-                offsets,
-                tokens * top_k,
-                top_k,
-                experts,
-                hidden_size,
-                ctx,
-            )
-
-    if tokens <= FEW_TOKENS:
-        chosen[FEW]()
-    elif tokens < MANY_TOKENS:
-        chosen[MIDDLE]()
-    else:
-        chosen[MANY]()
-
-
-def _gate_up_sorted[
-    config: TileConfig
-](
-    output: SwigluOutput,
-    x: BFloats,
-    gate: BFloats,
-    up: BFloats,
-    rows: Ids,
-    offsets: Ids,
-    assignments: Int,
-    top_k: Int,
-    experts: Int,
-    hidden_size: Int,
-    ctx: DeviceContext,
-) raises:
     """The activations of as many assignments at a time as their tokens in order of expert fit `SORTED_BYTES`.
     """
+    var assignments = tokens * top_k
     var each = min(SORTED_BYTES // (hidden_size * 2), assignments)
     var buffer = ctx.enqueue_create_buffer[DType.bfloat16](each * hidden_size)
     var sorted = buffer.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
     for begin in range(0, assignments, each):
         var end = min(begin + each, assignments)
         launch_sort(sorted, x, rows, begin, end, top_k, hidden_size, ctx)
-        launch_grouped_wgmma[config, config.rows](
+        _multiply(
             output,
             offsets,
             gate,
             up,
             sorted,
-            end - begin,
-            SortedTokens[config.box](Int32(begin)),
             GroupedShape(
                 experts,
                 output.features(),
@@ -197,10 +146,39 @@ def _gate_up_sorted[
                 begin,
                 end,
             ),
+            tokens,
             output.limit,
             ctx,
         )
     _ = buffer^
+
+
+def _multiply[
+    D: DenseOutput, //
+](
+    output: D,
+    offsets: Ids,
+    first: BFloats,
+    second: BFloats,
+    x: BFloats,
+    shape: GroupedShape,
+    tokens: Int,
+    limit: Float32,
+    ctx: DeviceContext,
+) raises:
+    """Enqueues the kernel for so many tokens."""
+
+    def launch[width: Int, stages: Int, box: Int]() raises {imm}:
+        launch_grouped_wgmma[D, width, stages, SHARERS, box](
+            output, offsets, first, second, x, shape, limit, ctx
+        )
+
+    if tokens <= FEW_TOKENS:
+        launch[64, 8, FEW_BOX]()
+    elif tokens < MANY_TOKENS:
+        launch[128, 6, MIDDLE_BOX]()
+    else:
+        launch[256, 4, MANY_BOX]()
 
 
 def down_grouped[
@@ -314,35 +292,25 @@ def _down_parts(
     """
     comptime if ctx.default_device_info.compute == 9.0:
         if intermediate_size % 8 == 0:
-
-            def multiply[config: TileConfig]() raises {imm}:
-                launch_grouped_wgmma[config, TILE_M](
-                    output,
-                    offsets,
-                    down,
-                    down,
-                    act,
+            _multiply(
+                output,
+                offsets,
+                down,
+                down,
+                act,
+                GroupedShape(
+                    experts,
+                    hidden_size,
+                    begin,
+                    output.features(),
+                    intermediate_size,
+                    0,
                     tokens * top_k,
-                    SortedTokens[config.box](0),
-                    GroupedShape(
-                        experts,
-                        hidden_size,
-                        begin,
-                        output.features(),
-                        intermediate_size,
-                        0,
-                        tokens * top_k,
-                    ),
-                    inf[DType.float32](),
-                    ctx,
-                )
-
-            if tokens <= FEW_TOKENS:
-                multiply[FEW]()
-            elif tokens < MANY_TOKENS:
-                multiply[MIDDLE]()
-            else:
-                multiply[MANY]()
+                ),
+                tokens,
+                inf[DType.float32](),
+                ctx,
+            )
             return
     launch_down_plain(
         output.results(),
