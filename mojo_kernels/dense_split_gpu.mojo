@@ -142,10 +142,12 @@ def store_share[
     """
     # So many reads are on their way at once.
     comptime TOGETHER = MAX_SPLITS // SPLITS
-    comptime QUADS = N // 8 // SPLITS
-    comptime assert QUADS % TOGETHER == 0
+    comptime QUADS = ceildiv(N // 8, SPLITS * TOGETHER) * TOGETHER
+    comptime assert QUADS <= N // 8
     var own = Int32(Int(own_quads(base)))
-    for begin in range(rank * QUADS, (rank + 1) * QUADS, TOGETHER):
+    # The last shares begin early enough to end with the tile: a quad in two shares is stored twice, with the same bits.
+    var first = min(rank * QUADS, N // 8 - QUADS)
+    for begin in range(first, first + QUADS, TOGETHER):
         var parts = StaticTuple[Quad, MAX_SPLITS]()
         comptime for i in range(TOGETHER):
             comptime for peer in range(SPLITS):
@@ -236,7 +238,7 @@ def dense_split[
     cluster_sync()
     if warp != LOADER:
         var row = rows.row + warp * 8 * D.MATRICES
-        comptime for all in [1, 2, 4, MAX_SPLITS]:
+        comptime for all in [1, 2, 3, 4, MAX_SPLITS]:
             if Int(splits) == all:
                 store_share[D, N, all](
                     rows.output,
@@ -270,7 +272,7 @@ def launch_dense_split[
     splits: Int,
     ctx: DeviceContext,
 ) raises:
-    """Enqueues `dense_split` with clusters of `splits` blocks: 1, 2, 4 or 8, at most one for every `TILE_K` of depth.
+    """Enqueues `dense_split` with clusters of `splits` blocks: 1, 2, 3, 4 or 8, at most one for every `TILE_K` of depth.
     """
     comptime Ring = DenseRing[N, STAGES, 1]
     comptime assert Ring.BYTES >= N // 8 * QUAD_BYTES
