@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from step3p5.speculation.cycle_times import CycleTimes
 from step3p5.speculation.kept_rows import concatenated
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
 from step3p5.speculation.state import RequestState
@@ -135,6 +136,18 @@ def test_a_new_batch_size_is_judged_by_what_was_measured_of_others_and_by_the_by
             policy.record_drafting(batch, depth, 0.01)
     assert tried == {1: {0}, 64: {0, 2, 3}}
     assert policy.plan(64, pure=True).depth == DEPTH
+
+
+def test_a_depth_between_two_that_were_measured_takes_a_time_between_theirs() -> None:
+    """Bytes that hardly grow with the depth do not make a draft cheap where the measured times grow."""
+    for bytes_of, expected in ((lambda _, depth: 30.0 + [0, 1, 3, 4][depth], [9.5, 12.5]), (lambda *_: 1.0, [10, 12])):
+        times = CycleTimes(bytes_of)
+        for depth, seconds in ((0, 8.0), (3, 14.0)):
+            for _ in range(2):
+                times.record_verification(128, depth, seconds)
+                times.record_drafting(128, depth, 0.0)
+        assert [times.seconds(128, depth) for depth in (1, 2)] == pytest.approx(expected)
+        assert times.seconds(64, 0) == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize(("batch", "cycles"), [(1, 60), (32, 2)])

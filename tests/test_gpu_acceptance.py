@@ -27,9 +27,7 @@ def acceptance(request: pytest.FixtureRequest) -> tuple[int, Model]:
 
 def on_device(values: Array) -> Buffer:
     if values.dtype == np.float32:
-        return (
-            Buffer.from_numpy(as_bfloat16(values).view(np.uint16)).view(DType.bfloat16, values.shape).to(Accelerator())
-        )
+        return as_bfloat16(values).to(Accelerator())
     return Buffer.from_numpy(values).to(Accelerator())
 
 

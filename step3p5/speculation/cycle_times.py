@@ -1,4 +1,4 @@
-"""What a cycle takes by batch size and depth: measured, or as the bytes foretell from the likest one that was."""
+"""What a cycle takes by batch size and depth: measured, or as the bytes foretell from the likest ones that were."""
 
 from __future__ import annotations
 
@@ -68,6 +68,14 @@ class CycleTimes:
         measured = [key for key in self._measured if self.is_measured(*key)]
         if not measured:
             return self._cycle_bytes(size, depth)
+        depths = [deep for other, deep in measured if other == size]
+        if depths and min(depths) < depth < max(depths):
+            return self._between(
+                size,
+                depth,
+                max(deep for deep in depths if deep < depth),
+                min(deep for deep in depths if deep > depth),
+            )
 
         def distance(key: tuple[int, int]) -> tuple[float, int]:
             depths = abs(key[1] - depth)
@@ -75,3 +83,13 @@ class CycleTimes:
 
         likest = min(measured, key=distance)
         return self._measured[likest].seconds * self._cycle_bytes(size, depth) / self._cycle_bytes(*likest)
+
+    def _between(self, size: int, depth: int, less: int, more: int) -> float:
+        """The time of a depth between two measured ones: the bytes say how far it lies from them.
+
+        Arithmetic, of which the bytes know nothing, grows with the depth as well.
+        """
+        first, last = (self._measured[size, deep].seconds for deep in (less, more))
+        begin, at, end = (self._cycle_bytes(size, deep) for deep in (less, depth, more))
+        share = (at - begin) / (end - begin) if end > begin else (depth - less) / (more - less)
+        return first + (last - first) * share
