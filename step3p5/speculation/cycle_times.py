@@ -68,14 +68,10 @@ class CycleTimes:
         measured = [key for key in self._measured if self.is_measured(*key)]
         if not measured:
             return self._cycle_bytes(size, depth)
-        depths = [deep for other, deep in measured if other == size]
-        if depths and min(depths) < depth < max(depths):
-            return self._between(
-                size,
-                depth,
-                max(deep for deep in depths if deep < depth),
-                min(deep for deep in depths if deep > depth),
-            )
+        at_size = [deep for other, deep in measured if other == size]
+        if at_size and min(at_size) < depth < max(at_size):
+            less, more = max(deep for deep in at_size if deep < depth), min(deep for deep in at_size if deep > depth)
+            return self._between(size, depth, less, more)
 
         def distance(key: tuple[int, int]) -> tuple[float, int]:
             depths = abs(key[1] - depth)
