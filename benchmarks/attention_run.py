@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attention import HEAD_DIM, KEY_HEADS, PAGE_SIZE, PATHS, SHAPES
+from attention import EPS, FIXED, HEAD_DIM, KEY_HEADS, PAGE_SIZE, PATHS, SHAPES
 from bandwidth import usable_cores
 from max._kv_cache_ops import mha_decode_num_partitions
 from max.driver import Buffer
@@ -89,7 +89,7 @@ class Batch:
     """Requests of several lengths over a cache whose free places hold NaN."""
 
     def __init__(self, machine: Machine, kind: str, requests: int, tokens: int, cached: int) -> None:
-        self.heads, self.window = SHAPES[kind]
+        self.heads, self.window, rotated = SHAPES[kind]
         # The longest as asked, the others up to a tenth shorter; a last request with fewer tokens where there are two.
         self.lengths = [cached - int(cached * 0.1 * i / requests) for i in range(requests)]
         self.tokens = [tokens] * requests
@@ -103,15 +103,18 @@ class Batch:
         shape = (pages, 2, LAUNCHES, PAGE_SIZE, KEY_HEADS, HEAD_DIM)
         self.cache = torch.full(shape, torch.nan, device=DEVICE, dtype=torch.bfloat16)
         places = torch.from_numpy(self.lookup.astype(np.int64)).to(DEVICE)
-        for r in range(requests):
-            end = self.lengths[r] + self.tokens[r]
+        for r, end in enumerate(self.lengths):
             for index in range(-(-end // PAGE_SIZE)):
                 rows = min(end - index * PAGE_SIZE, PAGE_SIZE)
                 self.cache[places[r, index], :, :, :rows] = torch.randn(
                     (2, LAUNCHES, rows, KEY_HEADS, HEAD_DIM), device=DEVICE, dtype=torch.bfloat16
                 )
         total = int(self.offsets[-1])
-        self.q = [torch.randn(total, self.heads, HEAD_DIM, device=DEVICE).to(torch.bfloat16) for _ in range(LAUNCHES)]
+        widths = (self.heads * HEAD_DIM, KEY_HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM, self.heads)
+        self.launches = [[self.randn(total, width) for width in widths] for _ in range(LAUNCHES)]
+        self.weights = [self.randn(HEAD_DIM) for _ in range(2)]
+        angles = torch.rand(total, rotated // 2, device=DEVICE) * 6
+        self.table = torch.cat([angles.cos(), angles.sin()], 1)
         longest = max(length + count for length, count in zip(self.lengths, self.tokens, strict=True))
         partitions = mha_decode_num_partitions(requests, longest, KEY_HEADS, machine.device)
         host = [np.array([tokens], np.uint32), np.array([max(self.lengths)], np.uint32)]
@@ -123,8 +126,13 @@ class Batch:
             Buffer.from_numpy(np.array(self.lengths, np.uint32)).to(machine.device),
             Buffer.from_numpy(self.lookup).to(machine.device),
             *(Buffer.from_numpy(value) for value in (*host, dispatch)),
-            *(Buffer.from_dlpack(q) for q in self.q),
+            *(Buffer.from_dlpack(values) for values in (*self.weights, self.table)),
+            *(Buffer.from_dlpack(values) for launch in self.launches for values in launch),
         ]
+
+    @staticmethod
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE).to(torch.bfloat16)
 
     def read_bytes(self) -> int:
         """Keys and values that a launch must read, queries and results."""
@@ -132,7 +140,7 @@ class Batch:
         for length, count in zip(self.lengths, self.tokens, strict=True):
             keys = length + count
             seen += keys if self.window is None else min(keys, self.window + count - 1)
-        return 2 * (2 * seen * KEY_HEADS * HEAD_DIM + 2 * self.q[0].numel())
+        return 2 * (2 * seen * KEY_HEADS * HEAD_DIM + 2 * self.launches[0][0].numel())
 
     def error(self, outputs: list[torch.Tensor]) -> float:
         """Of the first, middle and last request in the first and the last launch."""
@@ -148,24 +156,37 @@ class Batch:
                     return float("inf")
         return worst
 
+    def prepared(self, heads: torch.Tensor, weight: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Normed and rotated rows `[T, heads, head_dim]` in float32."""
+        x = heads[begin:end].float().view(end - begin, -1, HEAD_DIM)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (1 + weight.float())
+        half = self.table.shape[1] // 2
+        cosines, sines = (part[begin:end, None] for part in self.table.split(half, 1))
+        a, b, rest = x.split([half, half, HEAD_DIM - 2 * half], -1)
+        return torch.cat([a * cosines - b * sines, b * cosines + a * sines, rest], -1)
+
     def reference(self, launch: int, request: int, begin: int, end: int) -> torch.Tensor:
-        """Softmax attention in float32 `[tokens, heads, head_dim]`."""
-        count = self.lengths[request] + end - begin
+        """Gated attention in float32 `[tokens, heads * head_dim]`."""
+        length = self.lengths[request]
+        count = length + end - begin
         pages = torch.from_numpy(self.lookup[request].astype(np.int64)).to(DEVICE)
-        rows = self.cache[pages, :, launch].transpose(1, 2).reshape(-1, 2, KEY_HEADS, HEAD_DIM)[:count].float()
+        held = self.cache[pages, :, launch].transpose(1, 2).reshape(-1, 2, KEY_HEADS, HEAD_DIM)[:length].float()
+        q, k, v, gate = self.launches[launch]
+        q, k = (self.prepared(x, w, begin, end) for x, w in zip((q, k), self.weights, strict=True))
+        rows = torch.cat([held, torch.stack([k, v[begin:end].float().view_as(k)], 1)])
         at = torch.arange(count, device=DEVICE)
-        own = torch.arange(self.lengths[request], count, device=DEVICE)[:, None]
+        own = torch.arange(length, count, device=DEVICE)[:, None]
         hidden = at > own
         if self.window is not None:
             hidden |= at <= own - self.window
         group = self.heads // KEY_HEADS
         results = []
         for head in range(KEY_HEADS):
-            q = self.q[launch][begin:end, head * group : (head + 1) * group].float()
-            scores = torch.einsum("thd,kd->htk", q, rows[:, 0, head]) * HEAD_DIM**-0.5
+            of_head = q[:, head * group : (head + 1) * group]
+            scores = torch.einsum("thd,kd->htk", of_head, rows[:, 0, head]) * HEAD_DIM**-0.5
             weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
             results.append(torch.einsum("htk,kd->thd", weights, rows[:, 1, head]))
-        return torch.cat(results, 1)
+        return (torch.cat(results, 1) * gate[begin:end].float().sigmoid()[..., None]).flatten(1)
 
 
 def run(folder: Path, file: Path) -> None:
@@ -180,14 +201,17 @@ def run(folder: Path, file: Path) -> None:
     environment = Environment.of_this_process(usable_cores())
     rows = []
     for kind in SHAPES:
-        models = {path: machine.load(folder / f"{path}-{kind}.mef") for path in PATHS}
+        files = {path: folder / f"{path}-{kind}.mef" for path in PATHS}
+        models = {path: machine.load(mef) for path, mef in files.items() if mef.exists()}
         for requests, tokens, cached in CASES:
             batch = Batch(machine, kind, requests, tokens, cached)
-            poison = [Buffer.from_dlpack(torch.full_like(q, torch.nan)) for q in batch.q]
+            poison = [
+                Buffer.from_dlpack(torch.full_like(values, torch.nan)) for launch in batch.launches for values in launch
+            ]
             for path, model in models.items():
                 if path == "max" or tokens * batch.heads // KEY_HEADS > MOST_ROWS:
                     batch.cache.nan_to_num_(0)  # MAX's kernel multiplies what lies behind the last key by zero
-                machine.execute(model, [*batch.operands[:8], *poison])
+                machine.execute(model, [*batch.operands[:FIXED], *poison])
                 outputs = machine.execute(model, batch.operands)
                 error = batch.error(outputs)
                 again = machine.execute(model, batch.operands)

@@ -23,7 +23,7 @@ BENCHMARK = OpBenchmark(
     GRAPHS,
     {
         "default": Variant((), tuple(GRAPHS)),
-        "few": Variant(("crossover.DENSE_FROM_TOKENS=1",), ("linear",)),
+        "few": Variant(("crossover.DENSE_FROM_TOKENS=1", "crossover.WIDE_FROM_TOKENS=1"), ("linear",)),
         "single": Variant(("dense_wgmma_gpu.SHARERS=1",), ("linear",)),
     },
 )

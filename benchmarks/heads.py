@@ -21,7 +21,7 @@ from max.dtype import DType
 from max.graph import BufferType, DeviceRef, Graph, TensorType, ops
 from max.nn.kv_cache import PagedCacheValues
 
-from step3p5 import kernels
+from step3p5 import attention_kernels
 
 GPU, HOST = DeviceRef.GPU(), DeviceRef.CPU()
 BF16, U32 = DType.bfloat16, DType.uint32
@@ -55,21 +55,22 @@ def qkv_graph() -> Graph:
     with Graph("qkv", input_types=types) as graph:
         q_weight, k_weight, table, offsets = (value.tensor for value in graph.inputs[:4])
         stride, lengths, lookup = (value.tensor for value in graph.inputs[5:8])
+        most = ops.constant([1], U32, device=HOST)
         cache = PagedCacheValues(
             kv_blocks=graph.inputs[4].buffer,
             cache_lengths=lengths,
             lookup_table=lookup,
-            max_prompt_length=stride,
-            max_cache_length=stride,
+            max_prompt_length=most,
+            max_cache_length=most,
             page_stride=stride,
         )
-        norm = kernels.HeadNorm(q_weight, k_weight, EPS, 1.0)
+        norm = attention_kernels.HeadNorm(q_weight, k_weight, EPS, 1.0)
         launches = [value.tensor for value in graph.inputs[8:]]
         results = []
         for i in range(LAUNCHES):
             q, k, v = launches[3 * i : 3 * i + 3]
             layer = ops.constant(i, U32, device=HOST)
-            results.append(kernels.qkv(q, k, v, norm, table, offsets, cache, layer))
+            results.append(attention_kernels.qkv(q, k, v, norm, table, offsets, cache, layer))
         graph.output(*results)
     return graph
 
@@ -79,7 +80,7 @@ def gate_graph() -> Graph:
     pair = (TensorType(BF16, ("T", "N", HEAD_DIM), GPU), TensorType(BF16, ("T", "N"), GPU))
     with Graph("head_gate", input_types=LAUNCHES * pair) as graph:
         values = [value.tensor for value in graph.inputs]
-        graph.output(*(kernels.head_gate(x, gate) for x, gate in zip(values[::2], values[1::2], strict=True)))
+        graph.output(*(attention_kernels.head_gate(x, gate) for x, gate in zip(values[::2], values[1::2], strict=True)))
     return graph
 
 
@@ -92,13 +93,14 @@ BENCHMARK = OpBenchmark(Path(__file__), GRAPHS, {"default": Variant((), tuple(GR
 def add_options(running: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     running.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    running.add_argument("--request-tokens", type=int, default=1024, help="new tokens of a request (1024)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures; PyTorch is not imported before."""
     import heads_run
 
-    heads_run.run(options.folder / "default", options.tokens)
+    heads_run.run(options.folder / "default", options.tokens, options.request_tokens)
 
 
 if __name__ == "__main__":

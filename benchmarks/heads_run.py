@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,6 @@ from report import format_table
 
 CACHED = 3
 """Tokens of every request that the cache holds already."""
-
-REQUEST_TOKENS = 1024
-"""Tokens of a request."""
 
 TOLERANCE = 2.0**-7
 """A rounding to bfloat16 as a share of the value, and as much again for the order of the norms' sums."""
@@ -59,9 +57,9 @@ def normed_and_rotated(heads: torch.Tensor, weight: torch.Tensor, table: torch.T
     return torch.cat([a * cosines - b * sines, b * cosines + a * sines, rest], -1)
 
 
-def measure_qkv(machine: Machine, model: Model, layer: str, tokens: int) -> Row:
+def measure_qkv(machine: Machine, model: Model, layer: str, tokens: int, of_request: int) -> Row:
     query_heads, rotated = SHAPES[layer]
-    lengths = [min(REQUEST_TOKENS, tokens - begin) for begin in range(0, tokens, REQUEST_TOKENS)]
+    lengths = [min(of_request, tokens - begin) for begin in range(0, tokens, of_request)]
     offsets = np.cumsum([0, *lengths]).astype(np.uint32)
     pages_each = -(-(max(lengths) + CACHED) // PAGE_SIZE)
     pages = len(lengths) * pages_each
@@ -123,16 +121,19 @@ def measure_gate(machine: Machine, model: Model, layer: str, tokens: int) -> Row
     return Row("head_gate", layer, tokens, 1e6 * moved / COPY_RATE, 1e6 * busy / LAUNCHES, correct)
 
 
-def run(folder: Path, tokens: Sequence[int]) -> None:
-    """Checks and measures the graphs in `DIR` and prints a table.
+def run(folder: Path, tokens: Sequence[int], of_request: int) -> None:
+    """Checks and measures the graphs in `DIR`, with so many tokens of a request, and prints a table.
 
     Raises:
         SystemExit: If a result was wrong.
     """
     machine = Machine()
     rows = []
-    for op, measure in (("qkv", measure_qkv), ("head_gate", measure_gate)):
-        model = machine.load(folder / f"{op}.mef")
+    for op, measure in (("qkv", partial(measure_qkv, of_request=of_request)), ("head_gate", measure_gate)):
+        file = folder / f"{op}.mef"
+        if not file.exists():
+            continue
+        model = machine.load(file)
         for layer in SHAPES:
             for size in tokens:
                 rows.append(measure(machine, model, layer, size))

@@ -1,13 +1,19 @@
-"""Softmax attention over the paged cache for few new tokens a request, on NVIDIA's tensor cores.
+"""Softmax attention over the paged cache for few new tokens a request, on NVIDIA's tensor cores: from the projections to the
+gated results in one launch.
 
 A request's new tokens and the query heads that share a key head are rows of one matrix: a block reads that head's keys
-and values once for all of them. Where requests are few, each one's keys are cut into parts that blocks take side by side,
-and `attend_merge_gpu.mojo` joins their results.
+and values once for all of them. Where requests are few, the blocks of a cluster take parts of the keys side by side and
+join their results (`attend_join_gpu.mojo`).
 """
 
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, WARP_SIZE, barrier
 from max.gpu import block_idx, lane_id, warp_id
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext, Dim, FuncAttribute
+from max.gpu.primitives.cluster import (
+    cluster_arrive_relaxed,
+    cluster_sync,
+    cluster_wait,
+)
 from max.gpu.primitives.grid_controls import (
     PDLLevel,
     launch_dependent_grids,
@@ -17,17 +23,24 @@ from max.gpu.primitives.grid_controls import (
 from std.math import ceildiv
 from std.utils.static_tuple import StaticTuple
 
-from .attend_merge_gpu import Parts, launch_merge
+from .attend_join_gpu import (
+    MOST_PARTS,
+    ROW_FLOATS,
+    SharedFloats,
+    join_rows,
+    leave_rows,
+    own_gate,
+)
 from .attend_rows_gpu import (
-    BFloatQueries,
+    GROUP_FLOATS,
     RowPair,
     join_groups,
     of_quad,
     row_of,
-    store_nothing,
-    store_rows,
 )
-from .key_tiles_gpu import HEAD_DIM, KEYS, KeyRange, KeyTiles
+from .few_tokens_gpu import BF16, FewTokens, store_new_keys
+from .key_tiles_gpu import HEAD_DIM, KeyRange, KeyTiles
+from .operands import Elements
 
 comptime ROWS = 16
 """Rows of a warp: lane `l` has elements of rows `l / 4` and `l / 4 + 8`."""
@@ -38,11 +51,11 @@ comptime MAX_ROWS = 128
 comptime STAGES = 3
 """Tiles of keys and values in shared memory."""
 
-comptime MOST_PARTS = 32
-"""Parts of a request's keys at most: a lane of the merging warp looks at each."""
+comptime KEYS = 64
+"""Keys of a tile."""
 
-comptime BLOCKS = 1056
-"""Keys are cut into as many parts as make about so many blocks: four times what runs at a time."""
+comptime KEYS_ALONE = 128
+"""As many where a block has a multiprocessor to itself and all keys to look at, which may be very many."""
 
 comptime LOG2_E = Float32(1.4426950408889634)
 
@@ -52,107 +65,162 @@ comptime LOG2_E = Float32(1.4426950408889634)
         Int32(ROW_TILES * GROUPS * WARP_SIZE)
     )
 )
-@__name(t"step3p5_attend_few_{ROW_TILES}_{GROUPS}")
+@__name(t"step3p5_attend_few_{ROW_TILES}_{GROUPS}_{KEYS}_{HALF}")
 def attend_few_kernel[
-    ROW_TILES: Int, GROUPS: Int
-](queries: BFloatQueries, parts: Parts):
+    weight_dtype: DType,
+    ROW_TILES: Int,
+    GROUPS: Int,
+    KEYS: Int,
+    HALF: Int,
+](few: FewTokens[weight_dtype], parts: Int32):
     """One part of the keys of one request's key head.
 
     Parameters:
+        weight_dtype: Type of the norms' weights.
         ROW_TILES: Tiles of 16 rows, a warp each.
         GROUPS: Warps that share a tile of rows, each with its part of every tile of keys.
+        KEYS: Keys of a tile.
+        HALF: Column `i` of a head pairs with `i + HALF` in the rotation.
     """
     comptime COUNT = KEYS // GROUPS
-    var tiles = KeyTiles[STAGES, ROW_TILES * GROUPS * WARP_SIZE]()
-    var request, key_head = divmod(Int(block_idx.x), queries.key_heads)
-    var part = Int(block_idx.y)
+    comptime WARPS = ROW_TILES * GROUPS
+    comptime THREADS = WARPS * WARP_SIZE
+    var queries = few.queries
+    var tiles = KeyTiles[KEYS, STAGES, THREADS]()
+    var which, part = divmod(Int(block_idx.x), Int(parts))
+    var request, key_head = divmod(which, queries.key_heads)
     var row_tile = Int(warp_id()) % ROW_TILES
     var group = Int(warp_id()) // ROW_TILES
     var index = row_tile * ROWS + Int(lane_id()) // 4
-    wait_on_dependent_grids()
-    launch_dependent_grids()
-    var low = row_of(queries, request, key_head, index)
-    var high = row_of(queries, request, key_head, index + 8)
-    var length = Int(queries.cache_lengths[unsafe_offset=request])
+    var length = few.cached(request)
     var begin = 0
     if queries.window > 0:
         begin = max(length - queries.window + 1, 0)
-    var end = (
-        length
-        + Int(queries.row_offsets[unsafe_offset=request + 1])
-        - Int(queries.row_offsets[unsafe_offset=request])
-    )
+    var tokens = few.count(request)
+    var end = length + tokens
     var keys = KeyRange(queries.cache, request, key_head, begin, end)
     # This part's tiles of keys.
     var first = begin // KEYS
-    var each = ceildiv(ceildiv(end, KEYS) - first, parts.count)
+    var each = ceildiv(ceildiv(end, KEYS) - first, Int(parts))
     first += part * each
     var count = max(min(first + each, ceildiv(end, KEYS)) - first, 0)
-    if count == 0:
-        if group == 0 and parts.count > 1:
-            store_nothing(queries, parts, part, low)
-            store_nothing(queries, parts, part, high)
-        return
-    comptime for ahead in range(STAGES - 1):
+    # Those without a new key were there before the preceding kernel.
+    var old = min(max(length // KEYS - first, 0), count)
+    var sources = StaticTuple[Elements[BF16], STAGES](fill=queries.q)
+    comptime for ahead in range(STAGES):
         if ahead < count:
-            tiles.copy(keys, ahead, (first + ahead) * KEYS)
-        tiles.commit()
-    var rows = RowPair(queries, low, high)
+            sources[ahead] = keys.rows((first + ahead) * KEYS)
+    comptime for ahead in range(STAGES - 1):
+        if ahead < old:
+            tiles.copy(keys, sources[ahead], ahead, (first + ahead) * KEYS)
+            tiles.commit()
+    wait_on_dependent_grids()
+    launch_dependent_grids()
+    if old < count:
+        store_new_keys[HALF, WARPS](
+            few, request, key_head, first * KEYS, (first + count) * KEYS
+        )
+    var rows = RowPair(
+        row_of(queries, request, key_head, index),
+        row_of(queries, request, key_head, index + 8),
+    )
+    rows.prepare[HALF](few)
+    var gate = own_gate[WARPS](few, request, key_head, part, Int(parts))
+    barrier()
+    comptime for ahead in range(STAGES - 1):
+        if ahead >= old:
+            if ahead < count:
+                tiles.copy(keys, sources[ahead], ahead, (first + ahead) * KEYS)
+            tiles.commit()
+    # A warp whose rows all lie behind the last leaves the tensor cores to the others.
+    var works = row_tile * ROWS < tokens * (queries.heads // queries.key_heads)
     var scale = queries.scale * LOG2_E
+    var source = sources[STAGES - 1]
     for tile in range(count):
         tiles.wait()
         barrier()
         # All warps are done with the tile before, whose place the next one takes.
         var next = tile + STAGES - 1
         if next < count:
-            tiles.copy(keys, next, (first + next) * KEYS)
+            tiles.copy(keys, source, next, (first + next) * KEYS)
         tiles.commit()
-        rows.attend[COUNT](
-            tiles.keys(tile),
-            tiles.values(tile),
-            group * COUNT,
-            (first + tile) * KEYS + group * COUNT,
-            scale,
-        )
+        # Its page is looked up a tile ahead: nothing waits for the address.
+        if next + 1 < count:
+            source = keys.rows((first + next + 1) * KEYS)
+        if works:
+            rows.attend[COUNT](
+                tiles.keys(tile),
+                tiles.values(tile),
+                group * COUNT,
+                (first + tile) * KEYS + group * COUNT,
+                scale,
+            )
     rows.total = of_quad[largest=False](rows.total)
-    comptime if GROUPS > 1:
-        join_groups[ROW_TILES, GROUPS](rows, tiles.base, row_tile, group)
+    barrier()
+    join_groups[ROW_TILES, GROUPS](rows, tiles.base, row_tile, group)
+    # Behind what the groups hand over.
+    var left = tiles.base.unsafe_bitcast[Float32]().unsafe_offset(
+        (GROUPS - 1) * ROW_TILES * GROUP_FLOATS
+    )
     if group == 0:
-        store_rows(queries, parts, part, rows)
+        leave_rows(left, row_tile * ROWS, rows)
+    if Int(parts) == 1:
+        barrier()
+        join_rows[1, WARPS](few, left, gate, request, key_head, 0)
+        return
+    cluster_sync()
+    comptime for all in [2, 4, MOST_PARTS]:
+        if Int(parts) == all:
+            join_rows[all, WARPS](few, left, gate, request, key_head, part)
+    # The other blocks may still read this one's rows.
+    cluster_arrive_relaxed()
+    cluster_wait()
 
 
-def attend_few(
-    queries: BFloatQueries, tokens: Int, most_tokens: Int, ctx: DeviceContext
-) raises:
-    """Enqueues the attention of `tokens` tokens, at most `most_tokens` of a request; see `few_fit`.
+def attend_few[
+    weight_dtype: DType, //, HALF: Int, ALL_KEYS: Bool
+](few: FewTokens[weight_dtype], most_tokens: Int, ctx: DeviceContext) raises:
+    """Enqueues the attention of requests with at most `most_tokens` new tokens; see `few_fit`.
+
+    Parameters:
+        weight_dtype: Type of the norms' weights.
+        HALF: See `attend_few_kernel`.
+        ALL_KEYS: Whether there is no window.
+
+    Args:
+        few: The batch.
+        most_tokens: New tokens of the request with the most.
+        ctx: The device.
     """
+    var queries = few.queries
     var row_tiles = ceildiv(
         most_tokens * (queries.heads // queries.key_heads), ROWS
     )
     var heads = queries.requests * queries.key_heads
-    var count = min(max(BLOCKS // heads, 1), MOST_PARTS)
+    var most_parts = MOST_PARTS
     if queries.window > 0:
-        # No part without keys: of each the first and the last tile are cut.
-        count = min(count, ceildiv(queries.window + most_tokens, KEYS))
-    var all = tokens * queries.heads
-    var room = all * count if count > 1 else 0
-    var sums = ctx.enqueue_create_buffer[DType.float32](max(room * HEAD_DIM, 1))
-    var softmax = ctx.enqueue_create_buffer[DType.float32](max(room * 2, 1))
-    var parts = Parts(
-        sums.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-        softmax.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-        count,
-        all,
-    )
+        most_parts = min(most_parts, ceildiv(queries.window, KEYS))
+    var multiprocessors = ctx.default_device_info.sm_count
+    var parts = 1
+    while 2 * parts <= most_parts and 2 * parts * heads <= multiprocessors:
+        parts *= 2
 
-    def launch[ROW_TILES: Int, GROUPS: Int]() raises {imm}:
+    def launch[ROW_TILES: Int, GROUPS: Int, KEYS: Int]() raises {imm}:
         comptime THREADS = ROW_TILES * GROUPS * WARP_SIZE
-        comptime bytes = KeyTiles[STAGES, THREADS].BYTES
-        ctx.enqueue_function[attend_few_kernel[ROW_TILES, GROUPS]](
-            queries,
-            parts,
-            grid_dim=(heads, count),
+        comptime bytes = KeyTiles[KEYS, STAGES, THREADS].BYTES
+        comptime left = (GROUPS - 1) * ROW_TILES * GROUP_FLOATS + (
+            ROW_TILES * ROWS * ROW_FLOATS
+        )
+        comptime assert left * 4 <= bytes
+        comptime kernel = attend_few_kernel[
+            weight_dtype, ROW_TILES, GROUPS, KEYS, HALF
+        ]
+        ctx.enqueue_function[kernel](
+            few,
+            Int32(parts),
+            grid_dim=heads * parts,
             block_dim=THREADS,
+            cluster_dim=Dim(parts),
             shared_mem_bytes=bytes,
             func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
                 UInt32(bytes)
@@ -160,27 +228,45 @@ def attend_few(
             attributes=pdl_launch_attributes(PDLLevel.ON),
         )
 
-    if row_tiles == 1:
-        launch[1, 4]()
+    if heads * parts <= multiprocessors:
+        comptime ALONE = KEYS_ALONE if ALL_KEYS else KEYS
+        comptime WARPS = 8
+        if row_tiles == 1:
+            launch[1, min(WARPS, ALONE // ROWS), ALONE]()
+        elif row_tiles == 2:
+            launch[2, WARPS // 2, ALONE]()
+        elif row_tiles <= 4:
+            launch[4, WARPS // 4, ALONE]()
+        else:
+            launch[8, 1, ALONE]()
+    elif row_tiles == 1:
+        launch[1, 4, KEYS]()
     elif row_tiles == 2:
-        launch[2, 2]()
+        launch[2, 2, KEYS]()
     elif row_tiles <= 4:
-        launch[4, 1]()
+        launch[4, 1, KEYS]()
     else:
-        launch[8, 1]()
-    if count > 1:
-        launch_merge(queries.result, parts, ctx)
-    _ = sums^
-    _ = softmax^
+        launch[8, 1, KEYS]()
+
+
+def half_fits(half: Int) -> Bool:
+    """Whether a lane has both of the columns that are rotated together."""
+    return half == 32 or half == 64
 
 
 def few_fit(
-    heads: Int, key_heads: Int, head_dim: Int, page_size: Int, most_tokens: Int
+    heads: Int,
+    key_heads: Int,
+    head_dim: Int,
+    half: Int,
+    page_size: Int,
+    most_tokens: Int,
 ) -> Bool:
-    """Whether `attend_few` takes heads, pages and a number of tokens a request.
+    """Whether `attend_few` takes heads, their rotation, pages and a number of tokens a request.
     """
     return (
         head_dim == HEAD_DIM
-        and page_size % KEYS == 0
+        and half_fits(half)
+        and page_size % KEYS_ALONE == 0
         and most_tokens * (heads // key_heads) <= MAX_ROWS
     )

@@ -6,12 +6,13 @@ sums of values likewise (Milakov and Gimelshein 2018).
 
 from max.gpu import WARP_SIZE, barrier, lane_id
 from max.gpu.primitives import warp
-from std.math import exp2
+from std.math import exp2, rsqrt
 from std.memory import bitcast
+from std.sys import size_of
 from std.utils.numerics import neg_inf
 
 from .attend_gpu import Queries
-from .attend_merge_gpu import Parts
+from .few_tokens_gpu import FewTokens
 from .key_tiles_gpu import (
     HEAD_DIM,
     SharedTile,
@@ -81,25 +82,62 @@ struct RowPair(Movable):
     """The lane's part of the sum of weights."""
 
     @always_inline
-    def __init__(out self, queries: BFloatQueries, low: Row, high: Row):
+    def __init__(out self, low: Row, high: Row):
+        """Rows without queries as yet."""
         self.low = low
         self.high = high
         self.q = Array[SIMD[DType.uint32, 4], HEAD_DIM // 16](fill=0)
         self.sums = Array[TileSums, HEAD_DIM // 8](fill=0)
         self.largest = neg_inf[DType.float32]()
         self.total = 0
+
+    @always_inline
+    def prepare[
+        weight_dtype: DType, //, HALF: Int
+    ](mut self, few: FewTokens[weight_dtype]):
+        """Norms and rotates the queries; column `i` of a head pairs with `i + HALF`.
+
+        A lane has the columns `8 n + 2 (lane % 4)` and the next, partners among them.
+        """
+        comptime BLOCKS = HEAD_DIM // 8
+        comptime PAIR = HALF // 8
+        var column = Int(lane_id()) % 4 * 2
         comptime for half in range(2):
-            var row = low if half == 0 else high
+            var row = self.low if half == 0 else self.high
+            var values = Array[SIMD[DType.float32, 2], BLOCKS](fill=0)
             if row.exists:
-                var source = queries.q.unsafe_offset(
-                    (row.token * queries.heads + row.head) * HEAD_DIM
-                    + Int(lane_id()) % 4 * 2
+                var source = few.queries.q.unsafe_offset(
+                    (row.token * few.queries.heads + row.head) * HEAD_DIM
+                    + column
                 )
-                comptime for k in range(HEAD_DIM // 16):
-                    comptime for part in range(2):
-                        self.q[k][half + 2 * part] = pair(
-                            source.unsafe_offset(16 * k + 8 * part)
-                        )
+                comptime for n in range(BLOCKS):
+                    values[n] = read_pair(source.unsafe_offset(8 * n))
+            var squares = SIMD[DType.float32, 2](0)
+            comptime for n in range(BLOCKS):
+                squares += values[n] * values[n]
+            var sum = squares[0] + squares[1]
+            comptime for distance in [1, 2]:
+                sum += warp.shuffle_xor(sum, UInt32(distance))
+            var scale = rsqrt(sum / HEAD_DIM + few.form.eps)
+            comptime for n in range(BLOCKS):
+                values[n] *= scale * (
+                    few.form.offset
+                    + read_pair(few.form.q_weight.unsafe_offset(8 * n + column))
+                )
+            # Rows that do not exist read the first token's.
+            var angles = few.form.angles.unsafe_offset(
+                row.token * 2 * HALF + column
+            )
+            comptime for n in range(PAIR):
+                var cosines = read_pair(angles.unsafe_offset(8 * n))
+                var sines = read_pair(angles.unsafe_offset(HALF + 8 * n))
+                var first = values[n]
+                var second = values[n + PAIR]
+                values[n] = first * cosines - second * sines
+                values[n + PAIR] = second * cosines + first * sines
+            comptime for k in range(HEAD_DIM // 16):
+                comptime for part in range(2):
+                    self.q[k][half + 2 * part] = packed(values[2 * k + part])
 
     @always_inline
     def attend[
@@ -204,9 +242,13 @@ def multiply_add_words(
 
 
 @always_inline
-def pair(source: Elements[DType.bfloat16]) -> UInt32:
-    """Two neighbouring elements."""
-    return bitcast[DType.uint32, 1](source.unsafe_load[width=2, alignment=4]())
+def read_pair[
+    dtype: DType, //
+](source: Elements[dtype]) -> SIMD[DType.float32, 2]:
+    """Two neighbouring elements in float32."""
+    return source.unsafe_load[width=2, alignment=2 * size_of[dtype]()]().cast[
+        DType.float32
+    ]()
 
 
 @always_inline
@@ -230,25 +272,32 @@ def of_quad[
     return all
 
 
+comptime GROUP_FLOATS = (4 * (HEAD_DIM // 8) + 4) * WARP_SIZE
+"""What a warp hands to the one that joins its sums."""
+
+
 @always_inline
 def join_groups[
     ROW_TILES: Int, GROUPS: Int
 ](mut rows: RowPair, shared: SharedTile, row_tile: Int, group: Int):
     """The warps that took other keys of the same rows hand their sums to the first of them, which joins them in order.
+
+    All threads of the block must be done with the tiles.
     """
-    comptime VALUES = 4 * (HEAD_DIM // 8) + 4
+    comptime if GROUPS == 1:
+        return
+    comptime TOTALS = 4 * (HEAD_DIM // 8) * WARP_SIZE
     var floats = shared.unsafe_bitcast[Float32]()
-    barrier()
     if group > 0:
         var to = floats.unsafe_offset(
-            ((group - 1) * ROW_TILES + row_tile) * VALUES * WARP_SIZE
+            ((group - 1) * ROW_TILES + row_tile) * GROUP_FLOATS
             + Int(lane_id()) * 4
         )
         comptime for n in range(HEAD_DIM // 8):
             to.unsafe_offset(n * 4 * WARP_SIZE).unsafe_store[alignment=16](
                 rows.sums[n]
             )
-        to.unsafe_offset((VALUES - 4) * WARP_SIZE).unsafe_store[alignment=16](
+        to.unsafe_offset(TOTALS).unsafe_store[alignment=16](
             rows.largest.join(rows.total)
         )
     barrier()
@@ -256,12 +305,11 @@ def join_groups[
         return
     comptime for other in range(GROUPS - 1):
         var source = floats.unsafe_offset(
-            (other * ROW_TILES + row_tile) * VALUES * WARP_SIZE
-            + Int(lane_id()) * 4
+            (other * ROW_TILES + row_tile) * GROUP_FLOATS + Int(lane_id()) * 4
         )
-        var softmax = source.unsafe_offset(
-            (VALUES - 4) * WARP_SIZE
-        ).unsafe_load[width=4, alignment=16]()
+        var softmax = source.unsafe_offset(TOTALS).unsafe_load[
+            width=4, alignment=16
+        ]()
         var largest = softmax.slice[2]()
         var weight = exp2(largest - rows.rebase(max(rows.largest, largest)))
         rows.total += softmax.slice[2, offset=2]() * weight
@@ -269,43 +317,3 @@ def join_groups[
             rows.sums[n] += source.unsafe_offset(n * 4 * WARP_SIZE).unsafe_load[
                 width=4, alignment=16
             ]() * both_rows(weight)
-
-
-@always_inline
-def store_rows(queries: BFloatQueries, parts: Parts, part: Int, rows: RowPair):
-    """The result, or that of a part where there are several; `rows.total` is the whole row's.
-    """
-    comptime for half in range(2):
-        var row = rows.low if half == 0 else rows.high
-        if row.exists:
-            var query = row.token * queries.heads + row.head
-            var column = Int(lane_id()) % 4 * 2
-            if parts.count == 1:
-                var to = queries.result.unsafe_offset(query * HEAD_DIM + column)
-                comptime for n in range(HEAD_DIM // 8):
-                    var values = rows.sums[n].slice[2, offset=2 * half]()
-                    to.unsafe_offset(8 * n).unsafe_store[alignment=4](
-                        (values / rows.total[half]).cast[DType.bfloat16]()
-                    )
-            else:
-                var to = parts.sums_of(part, query).unsafe_offset(column)
-                comptime for n in range(HEAD_DIM // 8):
-                    to.unsafe_offset(8 * n).unsafe_store[alignment=8](
-                        rows.sums[n].slice[2, offset=2 * half]()
-                    )
-                if column == 0:
-                    parts.softmax_of(part, query).unsafe_store[alignment=8](
-                        SIMD[DType.float32, 2](
-                            rows.largest[half], rows.total[half]
-                        )
-                    )
-
-
-@always_inline
-def store_nothing(queries: BFloatQueries, parts: Parts, part: Int, row: Row):
-    """Says that a part holds no key."""
-    if row.exists and Int(lane_id()) % 4 == 0:
-        var query = row.token * queries.heads + row.head
-        parts.softmax_of(part, query).unsafe_store[alignment=8](
-            SIMD[DType.float32, 2](neg_inf[DType.float32](), 0)
-        )

@@ -27,7 +27,11 @@ comptime GROUPED_FROM_TOKENS = 12
 comptime DENSE_FROM_TOKENS = 33
 """From so many tokens on, dense products run through WGMMA; below, their weights are streamed."""
 
+comptime WIDE_FROM_TOKENS = 17
+"""Likewise where there are more results than input features: blocks enough without sharing the depth."""
+
 comptime DENSE_SWIGLU_FROM_TOKENS = 17
+comptime WIDE_SWIGLU_FROM_TOKENS = 9
 """Likewise a dense layer's first half, whose two matrices leave a streaming warp less time for each token."""
 
 comptime NARROW_TO_BLOCKS = 160
@@ -46,6 +50,22 @@ def prefer_grouped(tokens: Int, ctx: DeviceContext) -> Bool:
         return tokens >= GROUPED_FROM_TOKENS
     else:
         return False
+
+
+def prefer_dense(tokens: Int, in_features: Int, out_features: Int) -> Bool:
+    """Whether there are enough tokens for WGMMA."""
+    if out_features > in_features:
+        return tokens >= WIDE_FROM_TOKENS
+    return tokens >= DENSE_FROM_TOKENS
+
+
+def prefer_dense_swiglu(
+    tokens: Int, hidden_size: Int, intermediate_size: Int
+) -> Bool:
+    """As `prefer_dense`, for a dense layer's first half."""
+    if intermediate_size > hidden_size:
+        return tokens >= WIDE_SWIGLU_FROM_TOKENS
+    return tokens >= DENSE_SWIGLU_FROM_TOKENS
 
 
 def prefer_narrow(tokens: Int, in_features: Int, out_features: Int) -> Bool:
@@ -283,9 +303,9 @@ def swiglu_gpu[
         and dtype == BF16
         and act_dtype == BF16
     ):
-        if tokens >= DENSE_SWIGLU_FROM_TOKENS and dense_fits(
-            hidden_size, intermediate_size
-        ):
+        if prefer_dense_swiglu(
+            tokens, hidden_size, intermediate_size
+        ) and dense_fits(hidden_size, intermediate_size):
             return swiglu_dense(
                 rebind[BFloats](act),
                 rebind[BFloats](x),
@@ -352,7 +372,7 @@ def linear_gpu[
         and dtype == BF16
         and (y_dtype == BF16 or y_dtype == DType.float32)
     ):
-        if tokens >= DENSE_FROM_TOKENS and dense_fits(
+        if prefer_dense(tokens, in_features, out_features) and dense_fits(
             in_features, out_features
         ):
             return linear_dense(
@@ -405,7 +425,7 @@ def linear4_gpu[
         var fit = True
         for i in range(MATRICES):
             fit = fit and linear_fits(in_features, out_features[i])
-        if fit and tokens < DENSE_FROM_TOKENS:
+        if fit and tokens < WIDE_FROM_TOKENS:
             return linear_stream(
                 rebind[StaticTuple[BFloats, MATRICES]](y),
                 rebind[BFloats](x),
@@ -420,7 +440,7 @@ def linear4_gpu[
         and x_dtype == BF16
         and dtype == BF16
     ):
-        if tokens >= DENSE_FROM_TOKENS:
+        if tokens >= WIDE_FROM_TOKENS:
             return _linear4_dense(
                 rebind[StaticTuple[BFloats, MATRICES]](y),
                 rebind[BFloats](x),

@@ -7,6 +7,7 @@ from max.gpu.host import DeviceContext
 from std.math import sqrt
 from std.sys import size_of
 
+from .attend_few_gpu import few_fit
 from .dot_tile import LANES, Lanes, load_row
 from .heads import HeadForm, Heads, paged_cache
 from .operands import Elements, elements, expect_size
@@ -130,6 +131,7 @@ struct Step3p5Qkv:
         target: StaticString,
         normalize: Bool,
         rotate: Bool,
+        leaves_few: Bool,
     ](
         result: OutputTensor[dtype=dtype, rank=3, ...],
         q: InputTensor[dtype=dtype, rank=2, ...],
@@ -145,6 +147,7 @@ struct Step3p5Qkv:
         page_stride: InputTensor[dtype=DType.int64, rank=1, ...],
         cache_lengths: InputTensor[dtype=DType.uint32, rank=1, ...],
         lookup_table: InputTensor[dtype=DType.uint32, rank=2, ...],
+        max_prompt_length: InputTensor[dtype=DType.uint32, rank=1, ...],
         layer: UInt32,
         ctx: DeviceContext,
     ) raises:
@@ -156,6 +159,7 @@ struct Step3p5Qkv:
             target: Kind of device.
             normalize: Whether queries and keys are normed; the weights are not looked at otherwise.
             rotate: Whether they are rotated; the table is not looked at otherwise.
+            leaves_few: Whether few tokens a request, as `few_fit` says, are left to `step3p5_gated_attention`.
 
         Args:
             result: Queries `[T, query heads, head_dim]`.
@@ -172,6 +176,7 @@ struct Step3p5Qkv:
             page_stride: Elements from page to page, on the host `[1]`; -1 where they are packed.
             cache_lengths: Tokens of every request before this step `[R]`.
             lookup_table: Every request's pages in order of position `[R, …]`.
+            max_prompt_length: Most tokens of a request in this step, on the host `[1]`.
             layer: Layer within the cache.
             ctx: The device.
         """
@@ -205,6 +210,17 @@ struct Step3p5Qkv:
             )
         if tokens == 0:
             return
+        comptime if leaves_few and dtype == DType.bfloat16 and target == "gpu":
+            comptime if ctx.default_device_info.api == "cuda":
+                if few_fit(
+                    result.dim_size(1),
+                    key_heads,
+                    head_dim,
+                    table.dim_size(1) // 2,
+                    kv_blocks.dim_size(3),
+                    Int(max_prompt_length[0]),
+                ):
+                    return
         var heads = Heads(
             elements(result.unsafe_ptr()),
             elements(q.unsafe_ptr()),

@@ -33,6 +33,9 @@ comptime HEAD_DIM = 128
 comptime HEADS_AT_ONCE = 4
 """Heads that a part of a warp reads before it writes the first, where there are many tokens."""
 
+comptime PAIRS_A_MULTIPROCESSOR = 1
+"""From so many tokens a multiprocessor on, a part of a warp reads two heads at once."""
+
 comptime BLOCKS_A_MULTIPROCESSOR = 16
 """From so many tokens a multiprocessor on, a block takes all heads of its token."""
 
@@ -166,7 +169,6 @@ def whole_heads_kernel[
     wait_on_dependent_grids()
     launch_dependent_grids()
     var token = Int(block_idx.x)
-    var request = heads.request(token)
     var cosines = Values(1)
     var sines = Values(0)
     if sign != 0:
@@ -186,6 +188,10 @@ def whole_heads_kernel[
             other[i] = x.unsafe_offset(partner).unsafe_load[
                 width=WIDTH, alignment=16
             ]()
+        # While those are on their way; queries do without.
+        var request = 0
+        if begin + (at_once - 1) * step >= heads.query_heads:
+            request = heads.request(token)
         comptime for i in range(at_once):
             var head = begin + i * step
             var values = own[i].cast[DType.float32]()
@@ -243,8 +249,11 @@ def qkv_gpu[
             )
 
         comptime GROUPS = WARPS * WARP_SIZE * LANE // HEAD_DIM
-        if tokens < BLOCKS_A_MULTIPROCESSOR * ctx.default_device_info.sm_count:
+        var multiprocessors = ctx.default_device_info.sm_count
+        if tokens < PAIRS_A_MULTIPROCESSOR * multiprocessors:
             enqueue_whole[1](ceildiv(heads.count(), GROUPS))
+        elif tokens < BLOCKS_A_MULTIPROCESSOR * multiprocessors:
+            enqueue_whole[2](ceildiv(heads.count(), 2 * GROUPS))
         else:
             enqueue_whole[HEADS_AT_ONCE](1)
         return

@@ -2,6 +2,12 @@
 
 from max.gpu import global_idx
 from max.gpu.host import DeviceContext
+from max.gpu.primitives.grid_controls import (
+    PDLLevel,
+    launch_dependent_grids,
+    pdl_launch_attributes,
+    wait_on_dependent_grids,
+)
 from std.math import ceildiv
 
 from .operands import Elements, Floats
@@ -49,6 +55,8 @@ def rope_table_kernel(
     half: Int32,
 ):
     """One cosine and one sine of `table [T, 2 * half]`."""
+    wait_on_dependent_grids()
+    launch_dependent_grids()
     var token, i = divmod(Int32(global_idx.x), half)
     if token >= tokens:
         return
@@ -95,4 +103,5 @@ def rope_table_gpu(
         Int32(half),
         grid_dim=ceildiv(tokens * half, THREADS),
         block_dim=THREADS,
+        attributes=pdl_launch_attributes(PDLLevel.ON),
     )

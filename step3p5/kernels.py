@@ -10,18 +10,8 @@ from typing import NamedTuple
 
 from max.dtype import DType
 from max.graph import DeviceRef, Dim, DimLike, TensorType, TensorValue, ops
-from max.nn.kv_cache import PagedCacheValues
 
 from .custom_ops import custom_op
-
-
-class HeadNorm(NamedTuple):
-    """`x * rsqrt(mean(x²) + eps) * (offset + weight)` over each head, weights `[head_dim]`."""
-
-    q_weight: TensorValue
-    k_weight: TensorValue
-    eps: float
-    offset: float
 
 
 def route(
@@ -45,7 +35,7 @@ def route(
     ids, weights = custom_op(
         "step3p5_moe_route",
         logits.device,
-        [logits, bias, _scalar(scale)],
+        [logits, bias, scalar(scale)],
         [TensorType(DType.int32, shape, logits.device), TensorType(DType.float32, shape, logits.device)],
         parameters={"normalize": normalize},
     )
@@ -91,7 +81,7 @@ def assign(logits: TensorValue, bias: TensorValue, *, top_k: DimLike, normalize:
         *custom_op(
             "step3p5_moe_assign",
             device,
-            [logits, bias, _scalar(scale)],
+            [logits, bias, scalar(scale)],
             [
                 TensorType(DType.int32, (tokens, top_k), device),
                 TensorType(DType.float32, (tokens, top_k), device),
@@ -262,7 +252,7 @@ def norm(x: TensorValue, weight: TensorValue, *, eps: float, offset: float) -> T
     Returns:
         As `x`.
     """
-    return custom_op("step3p5_norm", x.device, [x, weight, _scalar(eps), _scalar(offset)], [x.type])[0]
+    return custom_op("step3p5_norm", x.device, [x, weight, scalar(eps), scalar(offset)], [x.type])[0]
 
 
 def add_norm(
@@ -270,80 +260,9 @@ def add_norm(
 ) -> tuple[TensorValue, TensorValue]:
     """`x + delta`, and `norm` of it, in one launch; `delta [T, H]` may have another type than `x`."""
     total, y = custom_op(
-        "step3p5_add_norm", x.device, [x, delta, weight, _scalar(eps), _scalar(offset)], [x.type, x.type]
+        "step3p5_add_norm", x.device, [x, delta, weight, scalar(eps), scalar(offset)], [x.type, x.type]
     )
     return total, y
-
-
-def qkv(
-    q: TensorValue,
-    k: TensorValue,
-    v: TensorValue,
-    norm: HeadNorm | None,
-    rope_table: TensorValue | None,
-    input_row_offsets: TensorValue,
-    cache: PagedCacheValues,
-    cache_layer: TensorValue,
-) -> TensorValue:
-    """Norms and rotates queries and keys, and writes keys and values into the paged cache.
-
-    Args:
-        q: Projected queries `[T, query heads * head_dim]`.
-        k: Projected keys `[T, key heads * head_dim]`.
-        v: Projected values, as `k`.
-        norm: The RMSNorms of the heads, `None` for none.
-        rope_table: `[T, rotary_dim]` float32, see `layers.rope`; `None` rotates nothing.
-        input_row_offsets: `[batch + 1]` uint32.
-        cache: `[pages, 2, layers, page_size, key heads, head_dim]` and its tables; of the type of `q`.
-        cache_layer: The layer within the cache, a uint32 scalar on the host.
-
-    Returns:
-        Queries `[T, query heads, head_dim]`.
-    """
-    device, head_dim = q.device, cache.kv_blocks.shape[5]
-    unused = ops.constant([0.0], DType.float32, device=device)
-    table = ops.unsqueeze(unused, 0) if rope_table is None else rope_table
-    q_weight, k_weight, eps, offset = (unused, unused, 0.0, 0.0) if norm is None else norm
-    return custom_op(
-        "step3p5_qkv",
-        device,
-        [
-            q,
-            k,
-            v,
-            q_weight,
-            k_weight,
-            _scalar(eps),
-            _scalar(offset),
-            table,
-            input_row_offsets,
-            cache.kv_blocks,
-            cache.page_stride,
-            cache.cache_lengths,
-            cache.lookup_table,
-            cache_layer,
-        ],
-        [TensorType(q.dtype, (q.shape[0], q.shape[1] // head_dim, head_dim), device)],
-        parameters={"normalize": norm is not None, "rotate": rope_table is not None},
-    )[0]
-
-
-def head_gate(x: TensorValue, gate: TensorValue) -> TensorValue:
-    """`x * sigmoid(gate)` for every head, multiplied in float32.
-
-    Args:
-        x: Heads `[T, N, head_dim]`.
-        gate: Logits `[T, N]`, of the type of `x`.
-
-    Returns:
-        `[T, N * head_dim]`.
-    """
-    return custom_op(
-        "step3p5_head_gate",
-        x.device,
-        [x, gate],
-        [TensorType(x.dtype, (x.shape[0], x.shape[1] * x.shape[2]), x.device)],
-    )[0]
 
 
 def greedy(logits: TensorValue, known: TensorValue) -> TensorValue:
@@ -360,88 +279,6 @@ def greedy(logits: TensorValue, known: TensorValue) -> TensorValue:
     return custom_op("step3p5_greedy", logits.device, [logits, known], [out_type])[0]
 
 
-def attend(
-    q: TensorValue,
-    input_row_offsets: TensorValue,
-    cache: PagedCacheValues,
-    cache_layer: TensorValue,
-    window: int,
-    scale: float,
-) -> TensorValue:
-    """Softmax attention over the paged cache, by a plain kernel for the GPUs that MAX has none for.
-
-    Args:
-        q: Queries `[T, query heads, head_dim]`, of at most 256 elements.
-        input_row_offsets: `[batch + 1]` uint32.
-        cache: As of `qkv`; it holds the keys and values of these tokens.
-        cache_layer: The layer within the cache, a uint32 scalar on the host.
-        window: Keys that a query sees at most, its own the last; 0 for all.
-        scale: Of the scores.
-
-    Returns:
-        As `q`.
-    """
-    return custom_op(
-        "step3p5_attend",
-        q.device,
-        [
-            q,
-            input_row_offsets,
-            cache.kv_blocks,
-            cache.page_stride,
-            cache.cache_lengths,
-            cache.lookup_table,
-            cache_layer,
-            ops.constant(window, DType.int32, device=DeviceRef.CPU()),
-            _scalar(scale),
-        ],
-        [q.type],
-    )[0]
-
-
-def attention(
-    q: TensorValue,
-    input_row_offsets: TensorValue,
-    cache: PagedCacheValues,
-    cache_layer: TensorValue,
-    window: int | None,
-    scale: float,
-) -> TensorValue:
-    """Softmax attention over the paged cache on a GPU: our kernel for few tokens a request, MAX's for the others.
-
-    Args:
-        q: Queries `[T, query heads, head_dim]`.
-        input_row_offsets: `[batch + 1]` uint32.
-        cache: As of `qkv`; it holds the keys and values of these tokens.
-        cache_layer: The layer within the cache, a uint32 scalar on the host.
-        window: Keys that a query sees at most, its own the last; `None` for all.
-        scale: Of the scores.
-
-    Returns:
-        As `q`.
-
-    Raises:
-        ValueError: The cache says nothing of how MAX's kernel divides its work.
-    """
-    dispatch = cache.attention_dispatch_metadata
-    if dispatch is None:
-        raise ValueError("attention_dispatch_metadata of the cache: found none, expected the one of a GPU's cache")
-    return custom_op(
-        "step3p5_attention",
-        q.device,
-        [
-            q,
-            input_row_offsets,
-            *cache.flatten_without_attention_dispatch_metadata(),
-            cache_layer,
-            _scalar(scale),
-            dispatch.tensor,
-        ],
-        [q.type],
-        # MAX's names.
-        {"mask": "causal" if window is None else "sliding_window_causal", "window": window or -1},
-    )[0]
-
-
-def _scalar(value: float) -> TensorValue:
+def scalar(value: float) -> TensorValue:
+    """A float32 on the host."""
     return ops.constant(value, DType.float32, device=DeviceRef.CPU())

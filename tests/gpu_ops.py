@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from max.engine import InferenceSession
 from max.graph import BufferType, DeviceRef, Graph, Module, TensorType, TensorValue, Value, ops
 from max.nn.kv_cache import PagedCacheValues
 
-from step3p5 import kernels
+from step3p5 import attention_kernels, kernels
 from step3p5.layer_config import RopeConfig
 from step3p5.layers.dispatch import MailboxDispatch
 from step3p5.layers.moe import RoutedTokens
@@ -37,6 +38,7 @@ from step3p5.mailboxes import mailbox_types
 
 GPU = DeviceRef.GPU()
 TOP_K, HEADS, KEY_HEADS, HEAD_DIM, ROTARY_DIM, PAGE_SIZE = 8, 8, 2, 128, 64, 128
+EPS = 1e-5
 
 
 def experts_inputs(dtype: DType) -> list[TensorType]:
@@ -100,13 +102,17 @@ def rope_inputs() -> list[TensorType]:
 def rope(x: TensorValue, row_offsets: TensorValue, cache_lengths: TensorValue) -> list[TensorValue]:
     """The table of angles, and gated heads."""
     table = rope_table(RopeConfig(theta=1e4, rotary_dim=ROTARY_DIM, scaling=None), x, row_offsets, cache_lengths)
-    return [table, kernels.head_gate(x, x[:, :, 0])]
+    return [table, attention_kernels.head_gate(x, x[:, :, 0])]
 
 
 def attend_inputs() -> list[TensorType | BufferType]:
-    """Queries, offsets, lengths, pages; on the host stride, layer, most tokens, most cached, dispatch; the cache."""
+    """Projections of queries, keys, values and gates, norm weights, rope tables for all keys and for a window, offsets,
+    lengths, pages; on the host stride, layer, most tokens, most cached, dispatch; the cache."""
+    widths = (HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM, HEADS)
     return [
-        TensorType(DType.bfloat16, ("attend_T", HEADS, HEAD_DIM), GPU),
+        *(TensorType(DType.bfloat16, ("attend_T", width), GPU) for width in widths),
+        *2 * [TensorType(DType.bfloat16, (HEAD_DIM,), GPU)],
+        *(TensorType(DType.float32, ("attend_T", columns), GPU) for columns in (ROTARY_DIM, HEAD_DIM)),
         TensorType(DType.uint32, ("attend_R1",), GPU),
         TensorType(DType.uint32, ("attend_R",), GPU),
         TensorType(DType.uint32, ("attend_R", "M"), GPU),
@@ -118,30 +124,47 @@ def attend_inputs() -> list[TensorType | BufferType]:
     ]
 
 
-def paged_cache(values: Sequence[Value[Any]]) -> PagedCacheValues:
-    """The cache among `attend_inputs`."""
-    lengths, pages, stride, _, most_tokens, most_cached, dispatch = (value.tensor for value in values[2:9])
-    return PagedCacheValues(
-        kv_blocks=values[9].buffer,
-        cache_lengths=lengths,
-        lookup_table=pages,
-        max_prompt_length=most_tokens,
-        max_cache_length=most_cached,
-        page_stride=stride,
-        attention_dispatch_metadata=dispatch,
-    )
+@dataclass(frozen=True)
+class AttendValues:
+    """The values of `attend_inputs`, as the ops take them."""
+
+    projections: tuple[TensorValue, TensorValue, TensorValue]
+    gate: TensorValue
+    norm: attention_kernels.HeadNorm
+    table: TensorValue
+    place: tuple[TensorValue, PagedCacheValues, TensorValue]
+
+    @classmethod
+    def of(cls, values: Sequence[Value[Any]], window: int | None) -> AttendValues:
+        """With the rope table for this window, or for none."""
+        q, k, v, gate, q_weight, k_weight, full, windowed, offsets = (value.tensor for value in values[:9])
+        lengths, pages, stride, layer, most_tokens, most_cached, dispatch = (value.tensor for value in values[9:16])
+        cache = PagedCacheValues(
+            kv_blocks=values[16].buffer,
+            cache_lengths=lengths,
+            lookup_table=pages,
+            max_prompt_length=most_tokens,
+            max_cache_length=most_cached,
+            page_stride=stride,
+            attention_dispatch_metadata=dispatch,
+        )
+        norm = attention_kernels.HeadNorm(q_weight, k_weight, EPS, 1.0)
+        return cls((q, k, v), gate, norm, windowed if window else full, (offsets, cache, layer))
 
 
-def attend(values: Sequence[Value[Any]], window: int) -> TensorValue:
-    """Plain attention over the paged cache."""
-    q, row_offsets, layer = (values[i].tensor for i in (0, 1, 5))
-    return kernels.attend(q, row_offsets, paged_cache(values), layer, window, HEAD_DIM**-0.5)
+def attend(values: Sequence[Value[Any]], window: int | None) -> TensorValue:
+    """Plain attention over the paged cache, with what stands before and behind it."""
+    own = AttendValues.of(values, window)
+    q = attention_kernels.qkv(*own.projections, own.norm, own.table, *own.place)
+    return attention_kernels.head_gate(attention_kernels.attend(q, *own.place, window or 0, HEAD_DIM**-0.5), own.gate)
 
 
 def attention(values: Sequence[Value[Any]], window: int | None) -> TensorValue:
     """Attention as a model has it where MAX has a kernel; what that needs besides ours takes minutes to compile."""
-    q, row_offsets, layer = (values[i].tensor for i in (0, 1, 5))
-    return kernels.attention(q, row_offsets, paged_cache(values), layer, window, HEAD_DIM**-0.5)
+    own = AttendValues.of(values, window)
+    return attention_kernels.gated_attention(
+        *own.projections, own.gate, own.norm, own.table, *own.place, window, HEAD_DIM**-0.5
+    )
 
 
 def dispatch_inputs(num_devices: int) -> list[TensorType | BufferType]:
@@ -195,7 +218,7 @@ def all_ops(name: str, module: Module) -> Graph:
     with Graph(name, input_types=types, module=module) as graph:
         values = iter([value.tensor for value in graph.inputs[: len(inputs)]])
         results = [result for build, types in parts for result in build(*(next(values) for _ in types))]
-        results.append(attend(graph.inputs[len(inputs) : others], window=0))
+        results.append(attend(graph.inputs[len(inputs) : others], window=None))
         graph.output(*results, *dispatch(graph.inputs[others:], num_devices=2, num_experts=16))
     return graph
 

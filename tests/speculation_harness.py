@@ -80,6 +80,9 @@ def clear_prompts(
 class Recorder:
     """Keeps the logits that the target verifies with and the drafts are chosen from, while it is attached.
 
+    All steps are then of the kind that has the host between verifying and drafting; `test_steady_cycle.py` holds the
+    drafts of cycles to theirs.
+
     Args:
         model: A model that drafts.
     """
@@ -94,6 +97,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         pipeline: Any = self.model.pipeline
+        self._cycles, pipeline.cycles = pipeline.cycles, None
         self._target = pipeline._pipeline_model
         self._originals = self._target.verify, self._target.draft, list(self._target.drafts)
         self._depth_logits: list[npt.NDArray[np.float32]] = []
@@ -102,6 +106,8 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        pipeline: Any = self.model.pipeline
+        pipeline.cycles = self._cycles
         del self._target.verify, self._target.draft
         self._target.drafts = self._originals[2]
 

@@ -12,11 +12,11 @@ import pytest
 from max.driver import Buffer
 from max.dtype import DType
 from max.engine import Model
-from max.graph import BufferType, DeviceRef, TensorType, TensorValue
+from max.graph import BufferType, DeviceRef, TensorType, TensorValue, ops
 from max.nn.kv_cache import PagedCacheValues
 from small_graphs import Ops, graph_of
 
-from step3p5 import kernels
+from step3p5 import attention_kernels, kernels
 
 Array = npt.NDArray[Any]
 HEAD_DIM, QUERY_HEADS, KEY_HEADS, PAGE_SIZE, LAYERS, ROTARY_DIM = 10, 6, 2, 4, 3, 6
@@ -52,16 +52,17 @@ def heads_types() -> list[TensorType | BufferType]:
 
 def heads(*values: Any, normalize: bool, rotate: bool) -> list[TensorValue]:
     q, k, v, q_weight, k_weight, table, offsets, blocks, stride, lengths, lookup, layer = values
+    most = ops.constant([1], DType.uint32, device=DeviceRef.CPU())
     cache = PagedCacheValues(
         kv_blocks=blocks,
         cache_lengths=lengths,
         lookup_table=lookup,
-        max_prompt_length=stride,
-        max_cache_length=stride,
+        max_prompt_length=most,
+        max_cache_length=most,
         page_stride=stride,
     )
-    norm = kernels.HeadNorm(q_weight, k_weight, EPS, 1.0) if normalize else None
-    return [kernels.qkv(q, k, v, norm, table if rotate else None, offsets, cache, layer)]
+    norm = attention_kernels.HeadNorm(q_weight, k_weight, EPS, 1.0) if normalize else None
+    return [attention_kernels.qkv(q, k, v, norm, table if rotate else None, offsets, cache, layer)]
 
 
 GRAPHS = {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from step3p5.speculation.cycle_times import CycleTimes
+from step3p5.speculation.cycle_times import FIRST_SAMPLES, CycleTimes
 from step3p5.speculation.kept_rows import concatenated
 from step3p5.speculation.policy import AdaptiveDepth, FixedDepth, tokens_per_cycle
 from step3p5.speculation.state import RequestState
@@ -143,7 +143,7 @@ def test_a_depth_between_two_that_were_measured_takes_a_time_between_theirs() ->
     for bytes_of, expected in ((lambda _, depth: 30.0 + [0, 1, 3, 4][depth], [9.5, 12.5]), (lambda *_: 1.0, [10, 12])):
         times = CycleTimes(bytes_of)
         for depth, seconds in ((0, 8.0), (3, 14.0)):
-            for _ in range(2):
+            for _ in range(FIRST_SAMPLES):
                 times.record_verification(128, depth, seconds)
                 times.record_drafting(128, depth, 0.0)
         assert [times.seconds(128, depth) for depth in (1, 2)] == pytest.approx(expected)
@@ -171,7 +171,7 @@ def test_what_was_left_unread_has_to_pay_before_drafting_begins_again() -> None:
         policy = AdaptiveDepth(DEPTH, any_bytes)
         policy.record_catching_up(10, 10.0)
         for depth in range(DEPTH + 1):
-            for _ in range(2):
+            for _ in range(FIRST_SAMPLES):
                 policy.record_verification(8, depth, 1.0 + 0.5 * depth)
                 policy.record_drafting(8, depth, 0.0)
         policy.record_acceptance([(DEPTH, 0)] * 400)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import speculation_harness as speculation
 from expert_layer import LIMIT, Array, Layer, Operands, as_bfloat16, rounded
-from gpu_ops import HEAD_DIM, HEADS, KEY_HEADS, PAGE_SIZE, attend, attend_inputs, attention
 from max.driver import CPU, Accelerator, Buffer, accelerator_count
 from max.dtype import DType
 from max.engine import InferenceSession, Model
@@ -16,7 +15,7 @@ from max.graph import DeviceRef, Graph, TensorType, ops
 from max.pipelines.context import SamplingParams
 from max.pipelines.lib.auto_model import AutoModel
 
-from step3p5 import kernels
+from step3p5 import attention_kernels, kernels
 from step3p5.checkpoint_tensors import CheckpointDtype
 from step3p5.random_checkpoint.writer import write_random_checkpoint
 
@@ -26,13 +25,7 @@ CROSSOVERS = (1, 2, 7, 8, 9, 63, 64, 65, 127, 255, 300, 1000)
 """Tokens on each side of every choice between paths."""
 
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 32, 8, 512, 256
-WINDOW = 40
 EPS = 1e-5
-ON_HOST = range(4, 9)
-"""Operands of attention that lie on the host."""
-
-OF_OURS = range(2, 33)
-"""New tokens of a request that our attention takes, for `HEADS / KEY_HEADS` query heads a key head; MAX's any."""
 
 VOCAB = 128896
 SHARED_ROWS = (1, 3, 40, 66)
@@ -151,89 +144,6 @@ def test_float32_logits_are_not_rounded(
     assert found.tobytes() == again.tobytes()
 
 
-class Requests:
-    """Requests over a paged cache, in whose other places stands `elsewhere`, and their attention in float64."""
-
-    def __init__(self, rng: np.random.Generator, lengths: list[int], new: list[int], elsewhere: float) -> None:
-        self.lengths, self.new, self.layer = lengths, new, 1
-        pages_each = -(-max(length + count for length, count in zip(lengths, new, strict=True)) // PAGE_SIZE)
-        num_layers, num_pages = 2, len(new) * pages_each + 1
-        shape = (num_pages, 2, num_layers, PAGE_SIZE, KEY_HEADS, HEAD_DIM)
-        self.q = rounded(rng.standard_normal((sum(new), HEADS, HEAD_DIM), np.float32), DType.bfloat16)
-        self.cache = rounded(rng.standard_normal(shape, np.float32), DType.bfloat16)
-        self.pages = rng.permutation(num_pages)[: len(new) * pages_each].reshape(len(new), -1).astype(np.uint32)
-        self.offsets = np.cumsum([0, *new]).astype(np.uint32)
-        held = np.zeros((num_pages, PAGE_SIZE), bool)
-        for request, end in enumerate(np.add(lengths, new)):
-            places = np.arange(end)
-            held[self.pages[request, places // PAGE_SIZE], places % PAGE_SIZE] = True
-        self.cache[np.broadcast_to(~held[:, None, None, :, None, None], shape)] = elsewhere
-
-    def expected(self, window: int) -> Array:
-        want = np.empty(self.q.shape)
-        for request, (length, count) in enumerate(zip(self.lengths, self.new, strict=True)):
-            rows = np.concatenate(self.cache[self.pages[request], :, self.layer], axis=1).astype(np.float64)
-            for i in range(count):
-                keys, values = rows[:, max(length + i + 1 - window, 0) : length + i + 1]
-                for head in range(HEADS):
-                    kv, token = head // (HEADS // KEY_HEADS), self.offsets[request] + i
-                    scores = keys[:, kv] @ self.q[token, head] * HEAD_DIM**-0.5
-                    weights = np.exp(scores - scores.max())
-                    want[token, head] = weights @ values[:, kv] / weights.sum()
-        return want
-
-    def operands(self) -> Operands:
-        """In the order of `attend_inputs`, the pages with the columns behind a row that MAX's kernel may read."""
-        pages = np.pad(self.pages, ((0, 0), (0, 16)))
-        longest = max(self.new)
-        host = [np.array([-1]), np.array(self.layer, np.uint32), np.array([longest], np.uint32)]
-        host += [np.array([max(self.lengths)], np.uint32), np.array([len(self.new), longest, 1, max(self.lengths)])]
-        lengths = np.array(self.lengths, np.uint32)
-        return [as_bfloat16(self.q), self.offsets, lengths, pages, *host, as_bfloat16(self.cache)]
-
-
-@pytest.fixture(scope="module")
-def attention_ops() -> Model:
-    """The plain attention and the one of a model, each over all keys and within a window."""
-    with Graph("gpu_attention", input_types=attend_inputs()) as graph:
-        plain = [attend(graph.inputs, window) for window in (0, WINDOW)]
-        graph.output(*plain, *(attention(graph.inputs, window) for window in (None, WINDOW)))
-    return InferenceSession(devices=[Accelerator()]).load(graph)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "new"),
-    [
-        ([0], [1]),
-        ([200], [4]),
-        ([0, 5, 300, 63], [1, 6, 2, 4]),
-        ([4000, 0], [1, 1]),
-        ([100] * 70, [4] * 70),
-        ([64, 127, 1000], [20, 32, 1]),
-        ([0, 5, 300], [130, 1, 6]),
-    ],
-)
-def test_attention_equals_float64(
-    attention_ops: Model, rng: np.random.Generator, lengths: list[int], new: list[int]
-) -> None:
-    # MAX's kernel multiplies by zero what lies behind the last key.
-    requests = Requests(rng, lengths, new, elsewhere=np.nan if max(new) in OF_OURS else 1e30)
-    results = run_attention(attention_ops, requests)
-    for found, window in zip(results, (1 << 20, WINDOW) * 2, strict=True):
-        expected = requests.expected(window)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-    for first, second in zip(results, run_attention(attention_ops, requests), strict=True):
-        assert first.tobytes() == second.tobytes()
-
-
-def run_attention(model: Model, requests: Requests) -> list[Array]:
-    """Executes on freed memory full of NaN."""
-    operands = [value if isinstance(value, Buffer) else Buffer.from_numpy(value) for value in requests.operands()]
-    moved = [operand if i in ON_HOST else operand.to(Accelerator()) for i, operand in enumerate(operands)]
-    model.execute(as_bfloat16(np.full_like(requests.q, np.nan)).to(Accelerator()), *moved[1:])
-    return [as_float32(result.to(CPU())) for result in model.execute(*moved)]
-
-
 @pytest.fixture(scope="module")
 def rows_ops() -> Model:
     """The gate of heads in bfloat16."""
@@ -241,7 +151,7 @@ def rows_ops() -> Model:
     types = [TensorType(DType.bfloat16, ("T", width), gpu) for width in (HIDDEN, HIDDEN // 128)]
     with Graph("gpu_rows", input_types=types) as graph:
         x, gate = (value.tensor for value in graph.inputs)
-        graph.output(kernels.head_gate(ops.reshape(x, (x.shape[0], HIDDEN // 128, 128)), gate))
+        graph.output(attention_kernels.head_gate(ops.reshape(x, (x.shape[0], HIDDEN // 128, 128)), gate))
     return InferenceSession(devices=[Accelerator()]).load(graph)
 
 

@@ -98,12 +98,10 @@ def recorded(pipeline: Any, contexts: Sequence[TextContext], *, cycles: bool) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_commit", keep_commit)
         patch.setattr(SteadyCycle, "launch", keep_launch)
+        pipeline.cycles = None
         if cycles:
             pipeline.use_cycles(captures=False)
-        try:
-            yield verified, sizes
-        finally:
-            pipeline.cycles = None
+        yield verified, sizes
 
 
 def assert_same_drafts(found: Verified, want: Verified) -> None:

@@ -10,7 +10,7 @@ from max.nn.kernels import flash_attention_ragged
 from max.nn.kv_cache import KVCacheParams, PagedCacheValues
 from max.nn.layer import Module
 
-from .. import kernels
+from .. import attention_kernels, kernels
 from ..checkpoint_tensors import TensorRole
 from ..layer_config import AttentionConfig, ModelConfig
 from ..precision import weight_dtype
@@ -80,32 +80,28 @@ class Attention(Module):
             )
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q = kernels.qkv(q, k, v, self._norm(x.device), rope_table, input_row_offsets, kv_collection, cache_layer)
-        scale, window = config.head_dim**-0.5, config.sliding_window
-        if lacks_flash_attention(x.device):
-            out = kernels.attend(q, input_row_offsets, kv_collection, cache_layer, window or 0, scale)
-        elif x.device.is_gpu():
-            out = kernels.attention(q, input_row_offsets, kv_collection, cache_layer, window, scale)
+        norm, scale, window = self._norm(x.device), config.head_dim**-0.5, config.sliding_window
+        place = input_row_offsets, kv_collection, cache_layer
+        lacks_flash = lacks_flash_attention(x.device)
+        if gate is not None and norm is not None and rope_table is not None and x.device.is_gpu() and not lacks_flash:
+            out = attention_kernels.gated_attention(q, k, v, gate, norm, rope_table, *place, window, scale)
+            return self.o_proj(out)
+        q = attention_kernels.qkv(q, k, v, norm, rope_table, *place)
+        if lacks_flash:
+            out = attention_kernels.attend(q, *place, window or 0, scale)
         else:
             out = flash_attention_ragged(
-                self.kv_params,
-                q,
-                input_row_offsets,
-                kv_collection,
-                cache_layer,
-                self.mask,
-                scale=scale,
-                local_window_size=window or -1,
+                self.kv_params, q, *place, self.mask, scale=scale, local_window_size=window or -1
             )
         if gate is not None:
-            return self.o_proj(kernels.head_gate(out, gate))
+            return self.o_proj(attention_kernels.head_gate(out, gate))
         return self.o_proj(ops.reshape(out, (x.shape[0], config.num_attention_heads * config.head_dim)))
 
-    def _norm(self, device: DeviceRef) -> kernels.HeadNorm | None:
+    def _norm(self, device: DeviceRef) -> attention_kernels.HeadNorm | None:
         if not self.config.qk_norm:
             return None
         q, k = self.q_norm, self.k_norm
-        return kernels.HeadNorm(q.weight.to(device), k.weight.to(device), q.eps, q.weight_offset)
+        return attention_kernels.HeadNorm(q.weight.to(device), k.weight.to(device), q.eps, q.weight_offset)
 
 
 def lacks_flash_attention(device: DeviceRef) -> bool:

@@ -53,8 +53,8 @@ class ArrangingPipeline(SteppingPipeline):
         """What the policy said for a cycle that was then not launched ahead."""
         self.launches_ahead = False
         """Whether a cycle is launched as soon as the one before is known, without waiting for its step."""
-        if model.depth and model.stays_on_device and not is_virtual_device_mode():
-            self.use_cycles(captures=True)
+        if model.depth and not is_virtual_device_mode():
+            self.use_cycles(captures=model.stays_on_device)
 
     def use_cycles(self, *, captures: bool) -> None:
         """Lets requests that only decode go through a `SteadyCycle` a step.

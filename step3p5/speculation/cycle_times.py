@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 SAMPLES = 9
 """Measurements of a time of which the median counts."""
 
-FIRST_SAMPLES = 2
+FIRST_SAMPLES = 3
 """How often a depth is measured at first."""
 
 NEAR = 2.0

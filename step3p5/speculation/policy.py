@@ -38,7 +38,7 @@ PRIOR_ACCEPTANCE = 0.7
 PRIOR_WEIGHT = 4.0
 """What is believed before anything was verified, and how many drafts it takes to outweigh it."""
 
-MEASURING = 8
+MEASURING = 10
 """Most cycles for which a depth is used only to measure it."""
 
 
