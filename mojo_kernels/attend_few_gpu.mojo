@@ -38,9 +38,8 @@ from .attend_rows_gpu import (
     of_quad,
     row_of,
 )
-from .few_tokens_gpu import BF16, FewTokens, store_new_keys
-from .key_tiles_gpu import HEAD_DIM, KeyRange, KeyTiles
-from .operands import Elements
+from .few_tokens_gpu import FewTokens, store_new_keys
+from .key_tiles_gpu import HEAD_DIM, KEYS, KeyRange, KeyTiles
 
 comptime ROWS = 16
 """Rows of a warp: lane `l` has elements of rows `l / 4` and `l / 4 + 8`."""
@@ -51,11 +50,9 @@ comptime MAX_ROWS = 128
 comptime STAGES = 3
 """Tiles of keys and values in shared memory."""
 
-comptime KEYS = 64
-"""Keys of a tile."""
-
-comptime KEYS_ALONE = 128
-"""As many where a block has a multiprocessor to itself and all keys to look at, which may be very many."""
+comptime LONG = 16384
+"""Positions from which on MAX's kernel is the faster one for a single new token of few requests (on an H200): it has more
+blocks for a key head than fit into a cluster."""
 
 comptime LOG2_E = Float32(1.4426950408889634)
 
@@ -65,13 +62,9 @@ comptime LOG2_E = Float32(1.4426950408889634)
         Int32(ROW_TILES * GROUPS * WARP_SIZE)
     )
 )
-@__name(t"step3p5_attend_few_{ROW_TILES}_{GROUPS}_{KEYS}_{HALF}")
+@__name(t"step3p5_attend_few_{ROW_TILES}_{GROUPS}_{HALF}")
 def attend_few_kernel[
-    weight_dtype: DType,
-    ROW_TILES: Int,
-    GROUPS: Int,
-    KEYS: Int,
-    HALF: Int,
+    weight_dtype: DType, ROW_TILES: Int, GROUPS: Int, HALF: Int
 ](few: FewTokens[weight_dtype], parts: Int32):
     """One part of the keys of one request's key head.
 
@@ -79,14 +72,13 @@ def attend_few_kernel[
         weight_dtype: Type of the norms' weights.
         ROW_TILES: Tiles of 16 rows, a warp each.
         GROUPS: Warps that share a tile of rows, each with its part of every tile of keys.
-        KEYS: Keys of a tile.
         HALF: Column `i` of a head pairs with `i + HALF` in the rotation.
     """
     comptime COUNT = KEYS // GROUPS
     comptime WARPS = ROW_TILES * GROUPS
     comptime THREADS = WARPS * WARP_SIZE
     var queries = few.queries
-    var tiles = KeyTiles[KEYS, STAGES, THREADS]()
+    var tiles = KeyTiles[STAGES, THREADS]()
     var which, part = divmod(Int(block_idx.x), Int(parts))
     var request, key_head = divmod(which, queries.key_heads)
     var row_tile = Int(warp_id()) % ROW_TILES
@@ -106,13 +98,9 @@ def attend_few_kernel[
     var count = max(min(first + each, ceildiv(end, KEYS)) - first, 0)
     # Those without a new key were there before the preceding kernel.
     var old = min(max(length // KEYS - first, 0), count)
-    var sources = StaticTuple[Elements[BF16], STAGES](fill=queries.q)
-    comptime for ahead in range(STAGES):
-        if ahead < count:
-            sources[ahead] = keys.rows((first + ahead) * KEYS)
     comptime for ahead in range(STAGES - 1):
         if ahead < old:
-            tiles.copy(keys, sources[ahead], ahead, (first + ahead) * KEYS)
+            tiles.copy(keys, ahead, (first + ahead) * KEYS)
             tiles.commit()
     wait_on_dependent_grids()
     launch_dependent_grids()
@@ -130,23 +118,19 @@ def attend_few_kernel[
     comptime for ahead in range(STAGES - 1):
         if ahead >= old:
             if ahead < count:
-                tiles.copy(keys, sources[ahead], ahead, (first + ahead) * KEYS)
+                tiles.copy(keys, ahead, (first + ahead) * KEYS)
             tiles.commit()
     # A warp whose rows all lie behind the last leaves the tensor cores to the others.
     var works = row_tile * ROWS < tokens * (queries.heads // queries.key_heads)
     var scale = queries.scale * LOG2_E
-    var source = sources[STAGES - 1]
     for tile in range(count):
         tiles.wait()
         barrier()
         # All warps are done with the tile before, whose place the next one takes.
         var next = tile + STAGES - 1
         if next < count:
-            tiles.copy(keys, source, next, (first + next) * KEYS)
+            tiles.copy(keys, next, (first + next) * KEYS)
         tiles.commit()
-        # Its page is looked up a tile ahead: nothing waits for the address.
-        if next + 1 < count:
-            source = keys.rows((first + next + 1) * KEYS)
         if works:
             rows.attend[COUNT](
                 tiles.keys(tile),
@@ -178,14 +162,13 @@ def attend_few_kernel[
 
 
 def attend_few[
-    weight_dtype: DType, //, HALF: Int, ALL_KEYS: Bool
+    weight_dtype: DType, //, HALF: Int
 ](few: FewTokens[weight_dtype], most_tokens: Int, ctx: DeviceContext) raises:
     """Enqueues the attention of requests with at most `most_tokens` new tokens; see `few_fit`.
 
     Parameters:
         weight_dtype: Type of the norms' weights.
         HALF: See `attend_few_kernel`.
-        ALL_KEYS: Whether there is no window.
 
     Args:
         few: The batch.
@@ -205,15 +188,15 @@ def attend_few[
     while 2 * parts <= most_parts and 2 * parts * heads <= multiprocessors:
         parts *= 2
 
-    def launch[ROW_TILES: Int, GROUPS: Int, KEYS: Int]() raises {imm}:
+    def launch[ROW_TILES: Int, GROUPS: Int]() raises {imm}:
         comptime THREADS = ROW_TILES * GROUPS * WARP_SIZE
-        comptime bytes = KeyTiles[KEYS, STAGES, THREADS].BYTES
+        comptime bytes = KeyTiles[STAGES, THREADS].BYTES
         comptime left = (GROUPS - 1) * ROW_TILES * GROUP_FLOATS + (
             ROW_TILES * ROWS * ROW_FLOATS
         )
         comptime assert left * 4 <= bytes
         comptime kernel = attend_few_kernel[
-            weight_dtype, ROW_TILES, GROUPS, KEYS, HALF
+            weight_dtype, ROW_TILES, GROUPS, HALF
         ]
         ctx.enqueue_function[kernel](
             few,
@@ -228,25 +211,16 @@ def attend_few[
             attributes=pdl_launch_attributes(PDLLevel.ON),
         )
 
-    if heads * parts <= multiprocessors:
-        comptime ALONE = KEYS_ALONE if ALL_KEYS else KEYS
-        comptime WARPS = 8
-        if row_tiles == 1:
-            launch[1, min(WARPS, ALONE // ROWS), ALONE]()
-        elif row_tiles == 2:
-            launch[2, WARPS // 2, ALONE]()
-        elif row_tiles <= 4:
-            launch[4, WARPS // 4, ALONE]()
-        else:
-            launch[8, 1, ALONE]()
-    elif row_tiles == 1:
-        launch[1, 4, KEYS]()
+    if row_tiles == 1:
+        launch[1, 4]()
     elif row_tiles == 2:
-        launch[2, 2, KEYS]()
-    elif row_tiles <= 4:
-        launch[4, 1, KEYS]()
+        launch[2, 2]()
+    elif row_tiles > 4:
+        launch[8, 1]()
+    elif heads * parts <= multiprocessors:
+        launch[4, 2]()
     else:
-        launch[8, 1, KEYS]()
+        launch[4, 1]()
 
 
 def half_fits(half: Int) -> Bool:
@@ -260,13 +234,34 @@ def few_fit(
     head_dim: Int,
     half: Int,
     page_size: Int,
+    window: Int,
+    requests: Int,
     most_tokens: Int,
+    longest: Int,
+    ctx: DeviceContext,
 ) -> Bool:
-    """Whether `attend_few` takes heads, their rotation, pages and a number of tokens a request.
+    """Whether `attend_few` takes heads, their rotation, pages and a number of tokens a request, and is the faster one.
+
+    Args:
+        heads: Query heads.
+        key_heads: Key heads.
+        head_dim: Elements of a head.
+        half: Columns from one that is rotated to its partner.
+        page_size: Positions of a page.
+        window: Keys that a query sees at most; 0 or less: all.
+        requests: Their number.
+        most_tokens: New tokens of the request with the most.
+        longest: Positions of the longest request.
+        ctx: The device.
     """
+    var is_alone = (
+        requests * key_heads <= ctx.default_device_info.sm_count
+        and most_tokens == 1
+    )
     return (
         head_dim == HEAD_DIM
         and half_fits(half)
-        and page_size % KEYS_ALONE == 0
+        and page_size % KEYS == 0
         and most_tokens * (heads // key_heads) <= MAX_ROWS
+        and not (is_alone and window <= 0 and longest > LONG)
     )

@@ -15,8 +15,13 @@ from .operands import Elements
 comptime HEAD_DIM = 128
 """The size of heads that the tiles are made for."""
 
+comptime KEYS = 64
+"""Keys of a tile; a page of the cache holds whole tiles."""
+
 comptime CHUNKS = HEAD_DIM // 8
 """Pieces of 16 bytes of a head."""
+
+comptime TILE_ELEMENTS = KEYS * HEAD_DIM
 
 comptime SharedTile = Pointer[
     BFloat16, MutUntrackedOrigin, address_space=AddressSpace.SHARED
@@ -43,18 +48,11 @@ struct KeyRange(ImplicitlyCopyable):
         )
 
 
-struct KeyTiles[KEYS: Int, STAGES: Int, THREADS: Int](ImplicitlyCopyable):
+struct KeyTiles[STAGES: Int, THREADS: Int](ImplicitlyCopyable):
     """A ring of tiles that the block's threads copy together, each tile's keys and then its values.
-
-    Parameters:
-        KEYS: Keys of a tile; a page of the cache holds whole tiles.
-        STAGES: Tiles of the ring.
-        THREADS: Of the block.
     """
 
-    comptime TILE_ELEMENTS = Self.KEYS * HEAD_DIM
-
-    comptime BYTES = Self.STAGES * 2 * Self.TILE_ELEMENTS * 2
+    comptime BYTES = Self.STAGES * 2 * TILE_ELEMENTS * 2
 
     var base: SharedTile
 
@@ -67,26 +65,21 @@ struct KeyTiles[KEYS: Int, STAGES: Int, THREADS: Int](ImplicitlyCopyable):
     @always_inline
     def keys(self, tile: Int) -> SharedTile:
         """Where the keys of the ring's `tile`-th tile lie."""
-        return self.base.unsafe_offset(
-            tile % Self.STAGES * (2 * Self.TILE_ELEMENTS)
-        )
+        return self.base.unsafe_offset(tile % Self.STAGES * (2 * TILE_ELEMENTS))
 
     @always_inline
     def values(self, tile: Int) -> SharedTile:
-        return self.keys(tile).unsafe_offset(Self.TILE_ELEMENTS)
+        return self.keys(tile).unsafe_offset(TILE_ELEMENTS)
 
     @always_inline
-    def copy(
-        self,
-        of: KeyRange,
-        rows: Elements[DType.bfloat16],
-        tile: Int,
-        position: Int,
-    ):
-        """Starts the copy of the keys from `position` on, which lie at `rows`; those outside the range become zero, since
-        what lies there may be anything, and a weight of zero does not hide a NaN.
+    def copy(self, of: KeyRange, tile: Int, position: Int):
+        """Starts the copy of the keys from `position` on; those outside the range become zero, since what lies there may
+        be anything, and a weight of zero does not hide a NaN.
         """
-        comptime for i in range(Self.TILE_ELEMENTS // 8 // Self.THREADS):
+        var rows = of.cache.keys(of.request, position).unsafe_offset(
+            of.key_head * HEAD_DIM
+        )
+        comptime for i in range(TILE_ELEMENTS // 8 // Self.THREADS):
             var piece = Int(thread_idx.x) + i * Self.THREADS
             var key = piece // CHUNKS
             var chunk = piece % CHUNKS
