@@ -26,7 +26,6 @@ from std.utils.static_tuple import StaticTuple
 from .attend_join_gpu import (
     MOST_PARTS,
     ROW_FLOATS,
-    SharedFloats,
     join_rows,
     leave_rows,
     own_gate,
@@ -47,12 +46,9 @@ comptime ROWS = 16
 comptime MAX_ROWS = 128
 """Rows of a block: new tokens times the query heads of a key head."""
 
-comptime STAGES = 3
-"""Tiles of keys and values in shared memory."""
-
-comptime LONG = 16384
-"""Positions from which on MAX's kernel is the faster one for a single new token of few requests (on an H200): it has more
-blocks for a key head than fit into a cluster."""
+comptime STAGES = 2
+"""Tiles of keys and values in shared memory. With three, the streaming kernels behind this one are slower, by a tenth of a
+step at batch 8: it seems for want of first-level cache."""
 
 comptime LOG2_E = Float32(1.4426950408889634)
 
@@ -190,11 +186,10 @@ def attend_few[
 
     def launch[ROW_TILES: Int, GROUPS: Int]() raises {imm}:
         comptime THREADS = ROW_TILES * GROUPS * WARP_SIZE
-        comptime bytes = KeyTiles[STAGES, THREADS].BYTES
         comptime left = (GROUPS - 1) * ROW_TILES * GROUP_FLOATS + (
             ROW_TILES * ROWS * ROW_FLOATS
         )
-        comptime assert left * 4 <= bytes
+        comptime bytes = max(KeyTiles[STAGES, THREADS].BYTES, 4 * left)
         comptime kernel = attend_few_kernel[
             weight_dtype, ROW_TILES, GROUPS, HALF
         ]
@@ -234,13 +229,14 @@ def few_fit(
     head_dim: Int,
     half: Int,
     page_size: Int,
-    window: Int,
     requests: Int,
     most_tokens: Int,
-    longest: Int,
     ctx: DeviceContext,
 ) -> Bool:
-    """Whether `attend_few` takes heads, their rotation, pages and a number of tokens a request, and is the faster one.
+    """Whether `attend_few` takes heads, their rotation, pages and a number of tokens a request, and is to take them.
+
+    A single new token of few requests goes to MAX's kernel, which takes as long (on an H200) and leaves the streaming
+    kernels behind it more of the first-level cache.
 
     Args:
         heads: Query heads.
@@ -248,20 +244,18 @@ def few_fit(
         head_dim: Elements of a head.
         half: Columns from one that is rotated to its partner.
         page_size: Positions of a page.
-        window: Keys that a query sees at most; 0 or less: all.
         requests: Their number.
         most_tokens: New tokens of the request with the most.
-        longest: Positions of the longest request.
         ctx: The device.
     """
-    var is_alone = (
-        requests * key_heads <= ctx.default_device_info.sm_count
-        and most_tokens == 1
-    )
+    if (
+        most_tokens == 1
+        and requests * key_heads <= ctx.default_device_info.sm_count
+    ):
+        return False
     return (
         head_dim == HEAD_DIM
         and half_fits(half)
         and page_size % KEYS == 0
         and most_tokens * (heads // key_heads) <= MAX_ROWS
-        and not (is_alone and window <= 0 and longest > LONG)
     )

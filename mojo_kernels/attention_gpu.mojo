@@ -109,10 +109,8 @@ struct Step3p5GatedAttention:
                     head_dim,
                     half,
                     kv_blocks.dim_size(3),
-                    window,
                     cache_lengths.dim_size(0),
                     Int(max_prompt_length[0]),
-                    Int(max_cache_length[0]),
                     ctx,
                 ):
                     return attend_few[half](

@@ -132,7 +132,6 @@ struct Step3p5Qkv:
         normalize: Bool,
         rotate: Bool,
         leaves_few: Bool,
-        window: Int,
     ](
         result: OutputTensor[dtype=dtype, rank=3, ...],
         q: InputTensor[dtype=dtype, rank=2, ...],
@@ -149,7 +148,6 @@ struct Step3p5Qkv:
         cache_lengths: InputTensor[dtype=DType.uint32, rank=1, ...],
         lookup_table: InputTensor[dtype=DType.uint32, rank=2, ...],
         max_prompt_length: InputTensor[dtype=DType.uint32, rank=1, ...],
-        max_cache_length: InputTensor[dtype=DType.uint32, rank=1, ...],
         layer: UInt32,
         ctx: DeviceContext,
     ) raises:
@@ -162,7 +160,6 @@ struct Step3p5Qkv:
             normalize: Whether queries and keys are normed; the weights are not looked at otherwise.
             rotate: Whether they are rotated; the table is not looked at otherwise.
             leaves_few: Whether few tokens a request, as `few_fit` says, are left to `step3p5_gated_attention`.
-            window: That op's.
 
         Args:
             result: Queries `[T, query heads, head_dim]`.
@@ -180,7 +177,6 @@ struct Step3p5Qkv:
             cache_lengths: Tokens of every request before this step `[R]`.
             lookup_table: Every request's pages in order of position `[R, …]`.
             max_prompt_length: Most tokens of a request in this step, on the host `[1]`.
-            max_cache_length: Most tokens of a request in the cache, on the host `[1]`.
             layer: Layer within the cache.
             ctx: The device.
         """
@@ -222,10 +218,8 @@ struct Step3p5Qkv:
                     head_dim,
                     table.dim_size(1) // 2,
                     kv_blocks.dim_size(3),
-                    window,
                     cache_lengths.dim_size(0),
                     Int(max_prompt_length[0]),
-                    Int(max_cache_length[0]),
                     ctx,
                 ):
                     return

@@ -32,7 +32,6 @@ def qkv(
     cache_layer: TensorValue,
     *,
     leaves_few: bool = False,
-    window: int | None = None,
 ) -> TensorValue:
     """Norms and rotates queries and keys, and writes keys and values into the paged cache.
 
@@ -46,7 +45,6 @@ def qkv(
         cache: `[pages, 2, layers, page_size, key heads, head_dim]` and its tables; of the type of `q`.
         cache_layer: The layer within the cache, a uint32 scalar on the host.
         leaves_few: Does nothing where `gated_attention` has a kernel that begins with the projections.
-        window: See `gated_attention`; looked at for that alone.
 
     Returns:
         Queries `[T, query heads, head_dim]`.
@@ -73,7 +71,6 @@ def qkv(
             cache.cache_lengths,
             cache.lookup_table,
             cache.max_prompt_length,
-            cache.max_cache_length,
             cache_layer,
         ],
         [TensorType(q.dtype, (q.shape[0], q.shape[1] // head_dim, head_dim), device)],
@@ -81,7 +78,6 @@ def qkv(
             "normalize": norm is not None,
             "rotate": rope_table is not None,
             "leaves_few": leaves_few,
-            "window": window or -1,
         },
     )[0]
 
@@ -180,7 +176,7 @@ def gated_attention(
     dispatch = cache.attention_dispatch_metadata
     if dispatch is None:
         raise ValueError("attention_dispatch_metadata of the cache: found none, expected the one of a GPU's cache")
-    heads = qkv(q, k, v, norm, rope_table, input_row_offsets, cache, cache_layer, leaves_few=True, window=window)
+    heads = qkv(q, k, v, norm, rope_table, input_row_offsets, cache, cache_layer, leaves_few=True)
     return custom_op(
         "step3p5_gated_attention",
         q.device,

@@ -19,7 +19,8 @@ ON_HOST = range(11, 16)
 """Operands that lie on the host."""
 
 MOST_OF_OURS = 32
-"""New tokens of a request that our attention takes, for `HEADS / KEY_HEADS` query heads a key head; MAX's any."""
+"""New tokens of a request that our attention takes, for `HEADS / KEY_HEADS` query heads a key head; MAX's takes
+any, and single ones where requests are few."""
 
 
 def normed_and_rotated(heads: Array, weight: Array, table: Array) -> Array:
@@ -119,7 +120,8 @@ def test_attention_equals_float64(
     attention_ops: dict[str, Model], rng: np.random.Generator, lengths: list[int], new: list[int]
 ) -> None:
     # MAX's kernel multiplies by zero what lies behind the last key.
-    requests = Requests(rng, lengths, new, elsewhere=np.nan if max(new) <= MOST_OF_OURS else 1e30)
+    is_ours = 1 < max(new) <= MOST_OF_OURS or len(new) > 100
+    requests = Requests(rng, lengths, new, elsewhere=np.nan if is_ours else 1e30)
     expected = [requests.expected(window) for window in (None, WINDOW)]
     for model in attention_ops.values():
         results = run_attention(model, requests)
