@@ -24,6 +24,7 @@ from step3p5.random_checkpoint.writer import write_random_checkpoint
 from step3p5.speculation import model as speculation_model
 from step3p5.speculation.draft_vocabulary import SIZE_VARIABLE
 from step3p5.speculation.policy import DraftPlan, FixedDepth, Unread
+from step3p5.speculation.steady_cycle import SteadyCycle
 from step3p5.speculation.stepping import SteppingPipeline
 
 AGREEMENT = 0.7
@@ -70,8 +71,25 @@ def drafting_some(predictable: Path) -> Iterator[AutoModel]:
 
 @pytest.fixture(params=[False, True], ids=["by the host", "on the device"])
 def handed_on(drafting: AutoModel, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """How drafts and kept rows go from a step to the next: as on a CPU, and as on a GPU."""
+    """How drafts and kept rows go from a step to the next where there is no cycle: as on a CPU, and as on a GPU."""
+    monkeypatch.setattr(drafting.pipeline, "cycles", None)
     monkeypatch.setattr(drafting.pipeline._pipeline_model, "stays_on_device", request.param)
+
+
+def test_requests_that_only_decode_go_through_cycles(
+    drafting: AutoModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU too, each launched in its own step."""
+    cycles, launch = [], SteadyCycle.launch
+
+    def keep(cycle: SteadyCycle, *arguments: Any) -> Any:
+        cycles.append((cycle.batch_size, cycle.depth))
+        return launch(cycle, *arguments)
+
+    monkeypatch.setattr(SteadyCycle, "launch", keep)
+    generate(drafting, [request(prompt, 12) for prompt in prompts_of(rng, 5, 9)])
+    assert (2, DEPTH) in cycles
+    assert not drafting.pipeline.launches_ahead
 
 
 SAMPLED = SamplingParams(temperature=2.0, top_k=100, top_p=0.95, seed=SEED, ignore_eos=True)
