@@ -27,6 +27,7 @@ if "run" in sys.argv[1:2]:
     # PyTorch has the other half.
     os.environ.setdefault("MODULAR_DEVICE_CONTEXT_MEMORY_MANAGER_SIZE_PERCENT", "45")
 
+from heads import EPS, HEAD_DIM, KEY_HEADS, PAGE_SIZE
 from kernel_variants import OpBenchmark, Variant
 from max.dtype import DType
 from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, ops
@@ -40,8 +41,6 @@ from step3p5 import attention_kernels
 
 GPU, HOST = DeviceRef.GPU(), DeviceRef.CPU()
 BF16, U32, I64 = DType.bfloat16, DType.uint32, DType.int64
-
-HEAD_DIM, KEY_HEADS, PAGE_SIZE, EPS = 128, 8, 128, 1e-5
 
 SHAPES = {"full": (64, None, 64), "sliding": (96, 512, 128)}
 """Query heads, window and rotated columns of the two kinds of layer."""

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attention import EPS, FIXED, HEAD_DIM, KEY_HEADS, PAGE_SIZE, PATHS, SHAPES
+from attention import FIXED, PATHS, SHAPES
 from bandwidth import usable_cores
+from heads import HEAD_DIM, KEY_HEADS, PAGE_SIZE
+from heads_run import normed_and_rotated, randn
 from max._kv_cache_ops import mha_decode_num_partitions
 from max.driver import Buffer
 from moe_graphs import LAUNCHES
@@ -114,8 +116,8 @@ class Batch:
                 )
         total = int(self.offsets[-1])
         widths = (self.heads * HEAD_DIM, KEY_HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM, self.heads)
-        self.launches = [[self.randn(total, width) for width in widths] for _ in range(LAUNCHES)]
-        self.weights = [self.randn(HEAD_DIM) for _ in range(2)]
+        self.launches = [[randn(total, width) for width in widths] for _ in range(LAUNCHES)]
+        self.weights = [randn(HEAD_DIM) for _ in range(2)]
         angles = torch.rand(total, rotated // 2, device=DEVICE) * 6
         self.table = torch.cat([angles.cos(), angles.sin()], 1)
         longest = max(length + count for length, count in zip(self.lengths, self.tokens, strict=True))
@@ -132,10 +134,6 @@ class Batch:
             *(Buffer.from_dlpack(values) for values in (*self.weights, self.table)),
             *(Buffer.from_dlpack(values) for launch in self.launches for values in launch),
         ]
-
-    @staticmethod
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=DEVICE).to(torch.bfloat16)
 
     def read_bytes(self) -> int:
         """Keys and values that a launch must read, queries and results."""
@@ -159,15 +157,6 @@ class Batch:
                     return float("inf")
         return worst
 
-    def prepared(self, heads: torch.Tensor, weight: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Normed and rotated rows `[T, heads, head_dim]` in float32."""
-        x = heads[begin:end].float().view(end - begin, -1, HEAD_DIM)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (1 + weight.float())
-        half = self.table.shape[1] // 2
-        cosines, sines = (part[begin:end, None] for part in self.table.split(half, 1))
-        a, b, rest = x.split([half, half, HEAD_DIM - 2 * half], -1)
-        return torch.cat([a * cosines - b * sines, b * cosines + a * sines, rest], -1)
-
     def reference(self, launch: int, request: int, begin: int, end: int) -> torch.Tensor:
         """Gated attention in float32 `[tokens, heads * head_dim]`."""
         length = self.lengths[request]
@@ -175,7 +164,10 @@ class Batch:
         pages = torch.from_numpy(self.lookup[request].astype(np.int64)).to(DEVICE)
         held = self.cache[pages, :, launch].transpose(1, 2).reshape(-1, 2, KEY_HEADS, HEAD_DIM)[:length].float()
         q, k, v, gate = self.launches[launch]
-        q, k = (self.prepared(x, w, begin, end) for x, w in zip((q, k), self.weights, strict=True))
+        q, k = (
+            normed_and_rotated(x[begin:end].view(end - begin, -1, HEAD_DIM), weight, self.table[begin:end])
+            for x, weight in zip((q, k), self.weights, strict=True)
+        )
         rows = torch.cat([held, torch.stack([k, v[begin:end].float().view_as(k)], 1)])
         at = torch.arange(count, device=DEVICE)
         own = torch.arange(length, count, device=DEVICE)[:, None]

@@ -101,7 +101,7 @@ def attend_few_kernel[
     wait_on_dependent_grids()
     launch_dependent_grids()
     if old < count:
-        store_new_keys[HALF, WARPS](
+        store_new_keys[WARPS](
             few, request, key_head, first * KEYS, (first + count) * KEYS
         )
     var rows = RowPair(

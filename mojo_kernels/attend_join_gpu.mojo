@@ -46,6 +46,19 @@ def leave_rows(to: SharedFloats, first: Int, rows: RowPair):
 
 
 @always_inline
+def query_of[
+    weight_dtype: DType, //
+](few: FewTokens[weight_dtype], first: Int, key_head: Int, row: Int) -> Int:
+    """The place of a request's row of one key head among the batch's queries `[T, heads]`; `first` is its first token.
+    """
+    var group = few.queries.heads // few.queries.key_heads
+    var token, head = divmod(UInt32(row), UInt32(group))
+    return (
+        (first + Int(token)) * few.queries.heads + key_head * group + Int(head)
+    )
+
+
+@always_inline
 def own_gate[
     weight_dtype: DType, //, WARPS: Int
 ](
@@ -61,12 +74,7 @@ def own_gate[
     var row = part * WARPS + Int(warp_id()) + Int(lane_id()) * parts * WARPS
     if row >= few.count(request) * group:
         return 0
-    var token, head = divmod(UInt32(row), UInt32(group))
-    var place = (
-        (few.first_token(request) + Int(token)) * few.queries.heads
-        + key_head * group
-        + Int(head)
-    )
+    var place = query_of(few, few.first_token(request), key_head, row)
     return gate_factor(few.gate[unsafe_offset=place].cast[DType.float32]())
 
 
@@ -96,8 +104,7 @@ def join_rows[
         key_head: Of which head.
         part: Which block this is.
     """
-    var queries = few.queries
-    var group = queries.heads // queries.key_heads
+    var group = few.queries.heads // few.queries.key_heads
     var first_token = few.first_token(request)
     var own = Int32(Int(rows))
     var lane = Int(lane_id())
@@ -123,12 +130,7 @@ def join_rows[
             whole += weight * softmax[p][1]
             sums += weight * values[p]
         sums *= warp.shuffle_idx(gate, UInt32(i)) / whole
-        var token, head = divmod(UInt32(row), UInt32(group))
-        var query = (
-            (first_token + Int(token)) * queries.heads
-            + key_head * group
-            + Int(head)
-        )
-        queries.result.unsafe_offset(query * HEAD_DIM + lane * 4).unsafe_store[
-            alignment=8
-        ](sums.cast[DType.bfloat16]())
+        var query = query_of(few, first_token, key_head, row)
+        few.queries.result.unsafe_offset(
+            query * HEAD_DIM + lane * 4
+        ).unsafe_store[alignment=8](sums.cast[DType.bfloat16]())

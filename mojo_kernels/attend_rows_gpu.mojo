@@ -8,7 +8,6 @@ from max.gpu import WARP_SIZE, barrier, lane_id
 from max.gpu.primitives import warp
 from std.math import exp2, rsqrt
 from std.memory import bitcast
-from std.sys import size_of
 from std.utils.numerics import neg_inf
 
 from .attend_gpu import Queries
@@ -19,7 +18,7 @@ from .key_tiles_gpu import (
     chunk_offset,
     load_matrices,
 )
-from .operands import Elements
+from .qkv_gpu import read
 from .stream_gpu import TileSums, multiply_add
 
 comptime BFloatQueries = Queries[DType.bfloat16]
@@ -111,7 +110,7 @@ struct RowPair(Movable):
                     + column
                 )
                 comptime for n in range(BLOCKS):
-                    values[n] = read_pair(source.unsafe_offset(8 * n))
+                    values[n] = read[2](source, 8 * n)
             var squares = SIMD[DType.float32, 2](0)
             comptime for n in range(BLOCKS):
                 squares += values[n] * values[n]
@@ -121,16 +120,15 @@ struct RowPair(Movable):
             var scale = rsqrt(sum / HEAD_DIM + few.form.eps)
             comptime for n in range(BLOCKS):
                 values[n] *= scale * (
-                    few.form.offset
-                    + read_pair(few.form.q_weight.unsafe_offset(8 * n + column))
+                    few.form.offset + read[2](few.form.q_weight, 8 * n + column)
                 )
             # Rows that do not exist read the first token's.
             var angles = few.form.angles.unsafe_offset(
                 row.token * 2 * HALF + column
             )
             comptime for n in range(PAIR):
-                var cosines = read_pair(angles.unsafe_offset(8 * n))
-                var sines = read_pair(angles.unsafe_offset(HALF + 8 * n))
+                var cosines = read[2](angles, 8 * n)
+                var sines = read[2](angles, HALF + 8 * n)
                 var first = values[n]
                 var second = values[n + PAIR]
                 values[n] = first * cosines - second * sines
@@ -239,16 +237,6 @@ def multiply_add_words(
         SIMD[DType.uint32, 2](b0, b1),
         sums,
     )
-
-
-@always_inline
-def read_pair[
-    dtype: DType, //
-](source: Elements[dtype]) -> SIMD[DType.float32, 2]:
-    """Two neighbouring elements in float32."""
-    return source.unsafe_load[width=2, alignment=2 * size_of[dtype]()]().cast[
-        DType.float32
-    ]()
 
 
 @always_inline

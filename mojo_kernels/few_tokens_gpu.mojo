@@ -1,21 +1,15 @@
 """Few new tokens a request on a GPU: what attention begins with, and the keys and values that they add to the cache."""
 
-from max.gpu import WARP_SIZE, lane_id, warp_id
-from max.gpu.primitives import warp
+from max.gpu import lane_id, warp_id
 from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
-from std.math import rsqrt
 
 from .attend_gpu import Queries
 from .heads import HeadForm
 from .key_tiles_gpu import HEAD_DIM
 from .operands import Elements
+from .qkv_gpu import WIDTH, head_gpu
 
 comptime BF16 = DType.bfloat16
-
-comptime WIDTH = HEAD_DIM // WARP_SIZE
-"""Elements of a head that a lane has: with 32 lanes four neighbours."""
-
-comptime Values = SIMD[DType.float32, WIDTH]
 
 
 @fieldwise_init
@@ -62,7 +56,7 @@ struct FewTokens[weight_dtype: DType](DevicePassable, TrivialRegisterPassable):
 
 @always_inline
 def store_new_keys[
-    weight_dtype: DType, //, HALF: Int, WARPS: Int
+    weight_dtype: DType, //, WARPS: Int
 ](
     few: FewTokens[weight_dtype],
     request: Int,
@@ -72,11 +66,7 @@ def store_new_keys[
 ):
     """A block writes one head's new keys, normed and rotated, and values to the cache: those at the positions `begin` to
     `end`, a warp each.
-
-    Column `i` of a head pairs with `i + HALF`.
     """
-    comptime PAIR = HALF // WIDTH
-    comptime assert 2 * HALF <= HEAD_DIM and PAIR & (PAIR - 1) == 0
     var column = Int(lane_id()) * WIDTH
     var first_token = few.first_token(request)
     var cached = few.cached(request)
@@ -85,43 +75,23 @@ def store_new_keys[
         min(end - cached, few.count(request)),
         WARPS,
     ):
-        var source = (
-            (first_token + token) * few.queries.key_heads + key_head
-        ) * HEAD_DIM + column
-        var values = read_four(few.k.unsafe_offset(source))
-        var added = few.v.unsafe_offset(source).unsafe_load[
-            width=WIDTH, alignment=8
-        ]()
-        var squares = warp.sum((values * values).reduce_add())
-        values *= rsqrt(squares / HEAD_DIM + few.form.eps) * (
-            few.form.offset + read_four(few.form.k_weight.unsafe_offset(column))
-        )
-        var partners = Values(0)
-        comptime for i in range(WIDTH):
-            partners[i] = warp.shuffle_xor(values[i], UInt32(PAIR))
-        if column < 2 * HALF:
-            var angles = few.form.angles.unsafe_offset(
-                (first_token + token) * 2 * HALF + column % HALF
-            )
-            var sines = angles.unsafe_offset(HALF).unsafe_load[
-                width=WIDTH, alignment=16
-            ]()
-            if column < HALF:
-                sines = -sines
-            values = (
-                values * angles.unsafe_load[width=WIDTH, alignment=16]()
-                + partners * sines
-            )
+        var row = first_token + token
+        var source = (row * few.queries.key_heads + key_head) * HEAD_DIM
         var to = few.queries.cache.keys(request, cached + token).unsafe_offset(
-            key_head * HEAD_DIM + column
+            key_head * HEAD_DIM
         )
-        to.unsafe_store[alignment=8](values.cast[BF16]())
-        to.unsafe_offset(few.queries.cache.value_offset).unsafe_store[
+        head_gpu[True, WIDTH](
+            to,
+            few.k.unsafe_offset(source),
+            few.form.k_weight,
+            few.form.angles.unsafe_offset(row * 2 * few.form.half),
+            HEAD_DIM,
+            few.form,
+        )
+        to.unsafe_offset(few.queries.cache.value_offset + column).unsafe_store[
             alignment=8
-        ](added)
-
-
-@always_inline
-def read_four[dtype: DType, //](source: Elements[dtype]) -> Values:
-    """Four neighbouring elements in float32."""
-    return source.unsafe_load[width=WIDTH, alignment=8]().cast[DType.float32]()
+        ](
+            few.v.unsafe_offset(source + column).unsafe_load[
+                width=WIDTH, alignment=8
+            ]()
+        )

@@ -39,14 +39,6 @@ struct KeyRange(ImplicitlyCopyable):
     var begin: Int
     var end: Int
 
-    @always_inline
-    def rows(self, position: Int) -> Elements[DType.bfloat16]:
-        """Where the keys of a tile from `position` on lie; it looks the page up.
-        """
-        return self.cache.keys(self.request, position).unsafe_offset(
-            self.key_head * HEAD_DIM
-        )
-
 
 struct KeyTiles[STAGES: Int, THREADS: Int](ImplicitlyCopyable):
     """A ring of tiles that the block's threads copy together, each tile's keys and then its values.

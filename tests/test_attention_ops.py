@@ -99,9 +99,9 @@ def normed(x: Array, weight: Array) -> Array:
 
 
 def rotated(x: Array, table: Array) -> Array:
-    half = ROTARY_DIM // 2
+    half = table.shape[1] // 2
     cosines, sines = table[:, None, :half], table[:, None, half:]
-    a, b, rest = x[..., :half], x[..., half:ROTARY_DIM], x[..., ROTARY_DIM:]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return np.concatenate([a * cosines - b * sines, b * cosines + a * sines, rest], -1)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from expert_layer import Array, Operands, as_bfloat16, rounded
-from gpu_ops import EPS, HEAD_DIM, HEADS, KEY_HEADS, PAGE_SIZE, ROTARY_DIM, attend, attend_inputs, attention
+from gpu_ops import HEAD_DIM, HEADS, KEY_HEADS, PAGE_SIZE, ROTARY_DIM, attend, attend_inputs, attention
 from max.driver import CPU, Accelerator, Buffer, accelerator_count
 from max.dtype import DType
 from max.engine import InferenceSession, Model
 from max.graph import Graph
+from test_attention_ops import normed, rotated
 from test_gpu import TOLERANCE, as_float32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(accelerator_count() == 0, reason="not run: no GPU")]
@@ -21,16 +22,6 @@ ON_HOST = range(11, 16)
 MOST_OF_OURS = 32
 """New tokens of a request that our attention takes, for `HEADS / KEY_HEADS` query heads a key head; MAX's takes
 any, and single ones where requests are few."""
-
-
-def normed_and_rotated(heads: Array, weight: Array, table: Array) -> Array:
-    """`[T, N, HEAD_DIM]` in float64."""
-    x = heads.astype(np.float64)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * (1 + weight.astype(np.float64))
-    half = table.shape[1] // 2
-    cosines, sines = (part[:, None].astype(np.float64) for part in (table[:, :half], table[:, half:]))
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return np.concatenate([a * cosines - b * sines, b * cosines + a * sines, rest], axis=-1)
 
 
 class Requests:
@@ -62,8 +53,11 @@ class Requests:
 
     def expected(self, window: int | None) -> Array:
         """Gated heads `[T, HEADS * HEAD_DIM]` in float64."""
-        table = self.tables[0 if window is None else 1]
-        q, k = (normed_and_rotated(x, w, table) for x, w in zip((self.q, self.k), self.weights, strict=True))
+        table = self.tables[0 if window is None else 1].astype(np.float64)
+        q, k = (
+            rotated(normed(x.astype(np.float64), w.astype(np.float64)), table)
+            for x, w in zip((self.q, self.k), self.weights, strict=True)
+        )
         want = np.empty(self.q.shape)
         for request, (length, count) in enumerate(zip(self.lengths, self.new, strict=True)):
             own = slice(self.offsets[request], self.offsets[request + 1])
