@@ -9,6 +9,11 @@ join their results (`attend_join_gpu.mojo`).
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, WARP_SIZE, barrier
 from max.gpu import block_idx, lane_id, warp_id
 from max.gpu.host import DeviceContext, Dim, FuncAttribute
+from max.gpu.host.launch_attribute import (
+    LaunchAttribute,
+    LaunchAttributeID,
+    LaunchAttributeValue,
+)
 from max.gpu.primitives.cluster import (
     cluster_arrive_relaxed,
     cluster_sync,
@@ -37,7 +42,7 @@ from .attend_rows_gpu import (
     of_quad,
     row_of,
 )
-from .few_tokens_gpu import FewTokens, store_new_keys
+from .few_tokens_gpu import FewTokens, NewKey, store_new_keys
 from .key_tiles_gpu import HEAD_DIM, KEYS, KeyRange, KeyTiles
 
 comptime ROWS = 16
@@ -48,7 +53,10 @@ comptime MAX_ROWS = 128
 
 comptime STAGES = 2
 """Tiles of keys and values in shared memory. With three, the streaming kernels behind this one are slower, by a tenth of a
-step at batch 8: it seems for want of first-level cache."""
+step at batch 8, for want of first-level cache."""
+
+comptime MULTIPROCESSOR_SHARED = 228 * 1024
+"""The most of a Hopper multiprocessor's memory that can be shared memory; the rest is first-level cache."""
 
 comptime LOG2_E = Float32(1.4426950408889634)
 
@@ -86,32 +94,54 @@ def attend_few_kernel[
         begin = max(length - queries.window + 1, 0)
     var tokens = few.count(request)
     var end = length + tokens
-    var keys = KeyRange(queries.cache, request, key_head, begin, end)
+    var keys = KeyRange(queries.cache, request, key_head, begin, end, end)
     # This part's tiles of keys.
     var first = begin // KEYS
     var each = ceildiv(ceildiv(end, KEYS) - first, Int(parts))
     first += part * each
     var count = max(min(first + each, ceildiv(end, KEYS)) - first, 0)
-    # Those without a new key were there before the preceding kernel.
+    # Those without a new key were there before the preceding kernel. New keys of the first tile go to it directly.
     var old = min(max(length // KEYS - first, 0), count)
-    comptime for ahead in range(STAGES - 1):
+    if count > 0:
+        var held = keys
+        held.held = length
+        tiles.copy(held, 0, first * KEYS)
+    tiles.commit()
+    comptime for ahead in range(1, STAGES - 1):
         if ahead < old:
             tiles.copy(keys, ahead, (first + ahead) * KEYS)
             tiles.commit()
     wait_on_dependent_grids()
     launch_dependent_grids()
-    if old < count:
-        store_new_keys[WARPS](
-            few, request, key_head, first * KEYS, (first + count) * KEYS
-        )
+    var gate = own_gate[WARPS](few, request, key_head, part, Int(parts))
+    # The request's new tokens whose keys lie in this part.
+    var new = (
+        max(first * KEYS - length, 0),
+        min((first + count) * KEYS - length, tokens),
+    )
+    var own_token = new[0] + Int(warp_id())
+    var own_row = 0
+    if own_token < new[1]:
+        own_row = few.first_token(request) + own_token
+    var new_key = NewKey[HALF](few, own_row, key_head)
     var rows = RowPair(
         row_of(queries, request, key_head, index),
         row_of(queries, request, key_head, index + 8),
     )
     rows.prepare[HALF](few)
-    var gate = own_gate[WARPS](few, request, key_head, part, Int(parts))
+    store_new_keys[WARPS](
+        few,
+        new_key,
+        request,
+        key_head,
+        new,
+        first * KEYS,
+        (first + 1) * KEYS,
+        tiles.keys(0),
+        tiles.values(0),
+    )
     barrier()
-    comptime for ahead in range(STAGES - 1):
+    comptime for ahead in range(1, STAGES - 1):
         if ahead >= old:
             if ahead < count:
                 tiles.copy(keys, ahead, (first + ahead) * KEYS)
@@ -183,6 +213,7 @@ def attend_few[
     var parts = 1
     while 2 * parts <= most_parts and 2 * parts * heads <= multiprocessors:
         parts *= 2
+    var alone = heads * parts <= multiprocessors
 
     def launch[ROW_TILES: Int, GROUPS: Int]() raises {imm}:
         comptime THREADS = ROW_TILES * GROUPS * WARP_SIZE
@@ -193,6 +224,18 @@ def attend_few[
         comptime kernel = attend_few_kernel[
             weight_dtype, ROW_TILES, GROUPS, HALF
         ]
+        var attributes = pdl_launch_attributes(PDLLevel.ON)
+        if alone:
+            # By itself the driver leaves room for as many blocks as registers allow. The streaming kernels behind this
+            # one, whose weights and tokens pass through the first-level cache, then take a tenth longer at batch 8.
+            attributes.append(
+                LaunchAttribute(
+                    LaunchAttributeID.PREFERRED_SHARED_MEMORY_CARVEOUT,
+                    LaunchAttributeValue(
+                        Dim(ceildiv(100 * bytes, MULTIPROCESSOR_SHARED))
+                    ),
+                )
+            )
         ctx.enqueue_function[kernel](
             few,
             Int32(parts),
@@ -203,7 +246,7 @@ def attend_few[
             func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
                 UInt32(bytes)
             ),
-            attributes=pdl_launch_attributes(PDLLevel.ON),
+            attributes=attributes^,
         )
 
     if row_tiles == 1:
@@ -212,7 +255,7 @@ def attend_few[
         launch[2, 2]()
     elif row_tiles > 4:
         launch[8, 1]()
-    elif heads * parts <= multiprocessors:
+    elif alone:
         launch[4, 2]()
     else:
         launch[4, 1]()
@@ -223,7 +266,9 @@ def half_fits(half: Int) -> Bool:
     return half == 32 or half == 64
 
 
-def few_fit(
+def few_fit[
+    windowed: Bool
+](
     heads: Int,
     key_heads: Int,
     head_dim: Int,
@@ -235,8 +280,10 @@ def few_fit(
 ) -> Bool:
     """Whether `attend_few` takes heads, their rotation, pages and a number of tokens a request, and is to take them.
 
-    A single new token of few requests goes to MAX's kernel, which takes as long (on an H200) and leaves the streaming
-    kernels behind it more of the first-level cache.
+    A single new token of few requests that sees all keys goes to MAX's kernel, of which any number of blocks share them.
+
+    Parameters:
+        windowed: Whether a query sees no more than a window.
 
     Args:
         heads: Query heads.
@@ -248,11 +295,12 @@ def few_fit(
         most_tokens: New tokens of the request with the most.
         ctx: The device.
     """
-    if (
-        most_tokens == 1
-        and requests * key_heads <= ctx.default_device_info.sm_count
-    ):
-        return False
+    comptime if not windowed:
+        if (
+            most_tokens == 1
+            and requests * key_heads <= ctx.default_device_info.sm_count
+        ):
+            return False
     return (
         head_dim == HEAD_DIM
         and half_fits(half)

@@ -100,42 +100,56 @@ struct RowPair(Movable):
         """
         comptime BLOCKS = HEAD_DIM // 8
         comptime PAIR = HALF // 8
+        comptime Pair = SIMD[DType.float32, 2]
         var column = Int(lane_id()) % 4 * 2
+        # All reads before the first use, so that memory answers them together.
+        var values = Array[Pair, 2 * BLOCKS](fill=0)
+        var cosines = Array[Pair, 2 * PAIR](fill=0)
+        var sines = Array[Pair, 2 * PAIR](fill=0)
+        var scales = Array[Pair, BLOCKS](fill=0)
         comptime for half in range(2):
             var row = self.low if half == 0 else self.high
-            var values = Array[SIMD[DType.float32, 2], BLOCKS](fill=0)
             if row.exists:
                 var source = few.queries.q.unsafe_offset(
                     (row.token * few.queries.heads + row.head) * HEAD_DIM
                     + column
                 )
                 comptime for n in range(BLOCKS):
-                    values[n] = read[2](source, 8 * n)
-            var squares = SIMD[DType.float32, 2](0)
-            comptime for n in range(BLOCKS):
-                squares += values[n] * values[n]
-            var sum = squares[0] + squares[1]
-            comptime for distance in [1, 2]:
-                sum += warp.shuffle_xor(sum, UInt32(distance))
-            var scale = rsqrt(sum / HEAD_DIM + few.form.eps)
-            comptime for n in range(BLOCKS):
-                values[n] *= scale * (
-                    few.form.offset + read[2](few.form.q_weight, 8 * n + column)
-                )
+                    values[half * BLOCKS + n] = read[2](source, 8 * n)
             # Rows that do not exist read the first token's.
             var angles = few.form.angles.unsafe_offset(
                 row.token * 2 * HALF + column
             )
             comptime for n in range(PAIR):
-                var cosines = read[2](angles, 8 * n)
-                var sines = read[2](angles, HALF + 8 * n)
-                var first = values[n]
-                var second = values[n + PAIR]
-                values[n] = first * cosines - second * sines
-                values[n + PAIR] = second * cosines + first * sines
+                cosines[half * PAIR + n] = read[2](angles, 8 * n)
+                sines[half * PAIR + n] = read[2](angles, HALF + 8 * n)
+        comptime for n in range(BLOCKS):
+            scales[n] = few.form.offset + read[2](
+                few.form.q_weight, 8 * n + column
+            )
+        comptime for half in range(2):
+            comptime at = half * BLOCKS
+            var squares = Pair(0)
+            comptime for n in range(BLOCKS):
+                squares += values[at + n] * values[at + n]
+            var sum = squares[0] + squares[1]
+            comptime for distance in [1, 2]:
+                sum += warp.shuffle_xor(sum, UInt32(distance))
+            var scale = rsqrt(sum / HEAD_DIM + few.form.eps)
+            comptime for n in range(BLOCKS):
+                values[at + n] *= scale * scales[n]
+            comptime for n in range(PAIR):
+                var cosine = cosines[half * PAIR + n]
+                var sine = sines[half * PAIR + n]
+                var first = values[at + n]
+                var second = values[at + n + PAIR]
+                values[at + n] = first * cosine - second * sine
+                values[at + n + PAIR] = second * cosine + first * sine
             comptime for k in range(HEAD_DIM // 16):
                 comptime for part in range(2):
-                    self.q[k][half + 2 * part] = packed(values[2 * k + part])
+                    self.q[k][half + 2 * part] = packed(
+                        values[at + 2 * k + part]
+                    )
 
     @always_inline
     def attend[

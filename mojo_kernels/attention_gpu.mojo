@@ -103,7 +103,7 @@ struct Step3p5GatedAttention:
             return
         comptime if dtype == DType.bfloat16 and half_fits(half):
             comptime if ctx.default_device_info.api == "cuda":
-                if few_fit(
+                if few_fit[window > 0](
                     query_heads,
                     kv_blocks.dim_size(4),
                     head_dim,

@@ -38,6 +38,8 @@ struct KeyRange(ImplicitlyCopyable):
     var key_head: Int
     var begin: Int
     var end: Int
+    var held: Int
+    """The keys from here to the end are not copied: the block writes them to the tile itself."""
 
 
 struct KeyTiles[STAGES: Int, THREADS: Int](ImplicitlyCopyable):
@@ -79,12 +81,13 @@ struct KeyTiles[STAGES: Int, THREADS: Int](ImplicitlyCopyable):
             var size = Int32(16) if at >= of.begin and at < of.end else Int32(0)
             var source = rows.unsafe_offset(key * of.cache.row_size + chunk * 8)
             var to = chunk_offset(key, chunk)
-            copy_piece(self.keys(tile).unsafe_offset(to), source, size)
-            copy_piece(
-                self.values(tile).unsafe_offset(to),
-                source.unsafe_offset(of.cache.value_offset),
-                size,
-            )
+            if at < of.held or at >= of.end:
+                copy_piece(self.keys(tile).unsafe_offset(to), source, size)
+                copy_piece(
+                    self.values(tile).unsafe_offset(to),
+                    source.unsafe_offset(of.cache.value_offset),
+                    size,
+                )
 
     @always_inline
     def commit(self):

@@ -132,6 +132,7 @@ struct Step3p5Qkv:
         normalize: Bool,
         rotate: Bool,
         leaves_few: Bool,
+        windowed: Bool,
     ](
         result: OutputTensor[dtype=dtype, rank=3, ...],
         q: InputTensor[dtype=dtype, rank=2, ...],
@@ -160,6 +161,7 @@ struct Step3p5Qkv:
             normalize: Whether queries and keys are normed; the weights are not looked at otherwise.
             rotate: Whether they are rotated; the table is not looked at otherwise.
             leaves_few: Whether few tokens a request, as `few_fit` says, are left to `step3p5_gated_attention`.
+            windowed: Whether that op's queries see no more than a window.
 
         Args:
             result: Queries `[T, query heads, head_dim]`.
@@ -212,7 +214,7 @@ struct Step3p5Qkv:
             return
         comptime if leaves_few and dtype == DType.bfloat16 and target == "gpu":
             comptime if ctx.default_device_info.api == "cuda":
-                if few_fit(
+                if few_fit[windowed](
                     result.dim_size(1),
                     key_heads,
                     head_dim,

@@ -32,6 +32,7 @@ def qkv(
     cache_layer: TensorValue,
     *,
     leaves_few: bool = False,
+    windowed: bool = False,
 ) -> TensorValue:
     """Norms and rotates queries and keys, and writes keys and values into the paged cache.
 
@@ -45,6 +46,7 @@ def qkv(
         cache: `[pages, 2, layers, page_size, key heads, head_dim]` and its tables; of the type of `q`.
         cache_layer: The layer within the cache, a uint32 scalar on the host.
         leaves_few: Does nothing where `gated_attention` has a kernel that begins with the projections.
+        windowed: Whether its queries see no more than a window.
 
     Returns:
         Queries `[T, query heads, head_dim]`.
@@ -78,6 +80,7 @@ def qkv(
             "normalize": norm is not None,
             "rotate": rope_table is not None,
             "leaves_few": leaves_few,
+            "windowed": windowed,
         },
     )[0]
 
@@ -176,7 +179,8 @@ def gated_attention(
     dispatch = cache.attention_dispatch_metadata
     if dispatch is None:
         raise ValueError("attention_dispatch_metadata of the cache: found none, expected the one of a GPU's cache")
-    heads = qkv(q, k, v, norm, rope_table, input_row_offsets, cache, cache_layer, leaves_few=True)
+    windowed = window is not None
+    heads = qkv(q, k, v, norm, rope_table, input_row_offsets, cache, cache_layer, leaves_few=True, windowed=windowed)
     return custom_op(
         "step3p5_gated_attention",
         q.device,

@@ -21,7 +21,7 @@ ON_HOST = range(11, 16)
 
 MOST_OF_OURS = 32
 """New tokens of a request that our attention takes, for `HEADS / KEY_HEADS` query heads a key head; MAX's takes
-any, and single ones where requests are few."""
+any, and single ones that see all keys where requests are few."""
 
 
 class Requests:
@@ -102,6 +102,9 @@ def attention_ops() -> dict[str, Model]:
         ([200], [4]),
         ([0, 5, 300, 63], [1, 6, 2, 4]),
         ([4000, 0], [1, 1]),
+        ([500], [8]),
+        ([4000], [12]),
+        ([9000], [16]),
         ([61, 62, 63, 64, 126, 127], [4, 4, 4, 4, 4, 4]),
         ([100] * 12, [3] * 12),
         ([100] * 70, [4] * 70),
