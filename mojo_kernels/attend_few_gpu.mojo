@@ -51,10 +51,6 @@ comptime ROWS = 16
 comptime MAX_ROWS = 128
 """Rows of a block: new tokens times the query heads of a key head."""
 
-comptime STAGES = 2
-"""Tiles of keys and values in shared memory. With three, the streaming kernels behind this one are slower, by a tenth of a
-step at batch 8, for want of first-level cache."""
-
 comptime MULTIPROCESSOR_SHARED = 228 * 1024
 """The most of a Hopper multiprocessor's memory that can be shared memory; the rest is first-level cache."""
 
@@ -82,7 +78,7 @@ def attend_few_kernel[
     comptime WARPS = ROW_TILES * GROUPS
     comptime THREADS = WARPS * WARP_SIZE
     var queries = few.queries
-    var tiles = KeyTiles[STAGES, THREADS]()
+    var tiles = KeyTiles[THREADS]()
     var which, part = divmod(Int(block_idx.x), Int(parts))
     var request, key_head = divmod(which, queries.key_heads)
     var row_tile = Int(warp_id()) % ROW_TILES
@@ -94,23 +90,16 @@ def attend_few_kernel[
         begin = max(length - queries.window + 1, 0)
     var tokens = few.count(request)
     var end = length + tokens
-    var keys = KeyRange(queries.cache, request, key_head, begin, end, end)
+    var keys = KeyRange(queries.cache, request, key_head, begin, end)
     # This part's tiles of keys.
     var first = begin // KEYS
     var each = ceildiv(ceildiv(end, KEYS) - first, Int(parts))
     first += part * each
     var count = max(min(first + each, ceildiv(end, KEYS)) - first, 0)
-    # Those without a new key were there before the preceding kernel. New keys of the first tile go to it directly.
-    var old = min(max(length // KEYS - first, 0), count)
+    # Old keys were there before the preceding kernel. New ones of the first tile go to it directly.
     if count > 0:
-        var held = keys
-        held.held = length
-        tiles.copy(held, 0, first * KEYS)
+        tiles.copy(keys, 0, first * KEYS, length)
     tiles.commit()
-    comptime for ahead in range(1, STAGES - 1):
-        if ahead < old:
-            tiles.copy(keys, ahead, (first + ahead) * KEYS)
-            tiles.commit()
     wait_on_dependent_grids()
     launch_dependent_grids()
     var gate = own_gate[WARPS](few, request, key_head, part, Int(parts))
@@ -136,16 +125,10 @@ def attend_few_kernel[
         key_head,
         new,
         first * KEYS,
-        (first + 1) * KEYS,
         tiles.keys(0),
         tiles.values(0),
     )
     barrier()
-    comptime for ahead in range(1, STAGES - 1):
-        if ahead >= old:
-            if ahead < count:
-                tiles.copy(keys, ahead, (first + ahead) * KEYS)
-            tiles.commit()
     # A warp whose rows all lie behind the last leaves the tensor cores to the others.
     var works = row_tile * ROWS < tokens * (queries.heads // queries.key_heads)
     var scale = queries.scale * LOG2_E
@@ -153,9 +136,9 @@ def attend_few_kernel[
         tiles.wait()
         barrier()
         # All warps are done with the tile before, whose place the next one takes.
-        var next = tile + STAGES - 1
+        var next = tile + 1
         if next < count:
-            tiles.copy(keys, next, (first + next) * KEYS)
+            tiles.copy(keys, next, (first + next) * KEYS, end)
         tiles.commit()
         if works:
             rows.attend[COUNT](
@@ -220,14 +203,14 @@ def attend_few[
         comptime left = (GROUPS - 1) * ROW_TILES * GROUP_FLOATS + (
             ROW_TILES * ROWS * ROW_FLOATS
         )
-        comptime bytes = max(KeyTiles[STAGES, THREADS].BYTES, 4 * left)
+        comptime bytes = max(KeyTiles[THREADS].BYTES, 4 * left)
         comptime kernel = attend_few_kernel[
             weight_dtype, ROW_TILES, GROUPS, HALF
         ]
         var attributes = pdl_launch_attributes(PDLLevel.ON)
         if alone:
-            # By itself the driver leaves room for as many blocks as registers allow. The streaming kernels behind this
-            # one, whose weights and tokens pass through the first-level cache, then take a tenth longer at batch 8.
+            # By itself the driver seems to leave room for as many blocks as registers allow. The streaming kernels behind
+            # this one, whose weights and tokens pass through the first-level cache, then take a tenth longer at batch 8.
             attributes.append(
                 LaunchAttribute(
                     LaunchAttributeID.PREFERRED_SHARED_MEMORY_CARVEOUT,

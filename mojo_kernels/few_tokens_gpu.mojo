@@ -7,7 +7,7 @@ from std.math import rsqrt
 
 from .attend_gpu import Queries
 from .heads import HeadForm
-from .key_tiles_gpu import HEAD_DIM, SharedTile, chunk_offset
+from .key_tiles_gpu import HEAD_DIM, KEYS, SharedTile, chunk_offset
 from .operands import Elements
 from .qkv_gpu import WIDTH, read
 
@@ -117,7 +117,6 @@ def store_new_keys[
     key_head: Int,
     tokens: Tuple[Int, Int],
     tile_begin: Int,
-    tile_end: Int,
     keys: SharedTile,
     values: SharedTile,
 ):
@@ -134,8 +133,7 @@ def store_new_keys[
         request: Whose keys.
         key_head: Which head.
         tokens: First and last + 1 of the request's new tokens whose keys the block writes.
-        tile_begin: Position of the tile's first key.
-        tile_end: Keys before this position go to the tile as well.
+        tile_begin: Position of the first key of the tile, to which its new keys go as well; none lies before it.
         keys: The tile's keys.
         values: The tile's values.
     """
@@ -153,7 +151,7 @@ def store_new_keys[
         to.unsafe_offset(few.queries.cache.value_offset).unsafe_store[
             alignment=8
         ](key.value)
-        if position < tile_end:
+        if position < tile_begin + KEYS:
             var place = (
                 chunk_offset(position - tile_begin, column // 8) + column % 8
             )

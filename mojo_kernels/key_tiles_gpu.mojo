@@ -38,15 +38,14 @@ struct KeyRange(ImplicitlyCopyable):
     var key_head: Int
     var begin: Int
     var end: Int
-    var held: Int
-    """The keys from here to the end are not copied: the block writes them to the tile itself."""
 
 
-struct KeyTiles[STAGES: Int, THREADS: Int](ImplicitlyCopyable):
-    """A ring of tiles that the block's threads copy together, each tile's keys and then its values.
+struct KeyTiles[THREADS: Int](ImplicitlyCopyable):
+    """Two tiles that the block's threads copy by turns, each tile's keys and then its values. With a third, the streaming
+    kernels behind attention were slower, by a tenth of a step at batch 8, for want of first-level cache.
     """
 
-    comptime BYTES = Self.STAGES * 2 * TILE_ELEMENTS * 2
+    comptime BYTES = 2 * 2 * TILE_ELEMENTS * 2
 
     var base: SharedTile
 
@@ -58,17 +57,18 @@ struct KeyTiles[STAGES: Int, THREADS: Int](ImplicitlyCopyable):
 
     @always_inline
     def keys(self, tile: Int) -> SharedTile:
-        """Where the keys of the ring's `tile`-th tile lie."""
-        return self.base.unsafe_offset(tile % Self.STAGES * (2 * TILE_ELEMENTS))
+        """Where the keys of the `tile`-th tile lie."""
+        return self.base.unsafe_offset(tile % 2 * (2 * TILE_ELEMENTS))
 
     @always_inline
     def values(self, tile: Int) -> SharedTile:
         return self.keys(tile).unsafe_offset(TILE_ELEMENTS)
 
     @always_inline
-    def copy(self, of: KeyRange, tile: Int, position: Int):
+    def copy(self, of: KeyRange, tile: Int, position: Int, held: Int):
         """Starts the copy of the keys from `position` on; those outside the range become zero, since what lies there may
-        be anything, and a weight of zero does not hide a NaN.
+        be anything, and a weight of zero does not hide a NaN. Those of the range from `held` on are left out: the block
+        writes them to the tile itself.
         """
         var rows = of.cache.keys(of.request, position).unsafe_offset(
             of.key_head * HEAD_DIM
@@ -81,7 +81,7 @@ struct KeyTiles[STAGES: Int, THREADS: Int](ImplicitlyCopyable):
             var size = Int32(16) if at >= of.begin and at < of.end else Int32(0)
             var source = rows.unsafe_offset(key * of.cache.row_size + chunk * 8)
             var to = chunk_offset(key, chunk)
-            if at < of.held or at >= of.end:
+            if at < held or at >= of.end:
                 copy_piece(self.keys(tile).unsafe_offset(to), source, size)
                 copy_piece(
                     self.values(tile).unsafe_offset(to),
@@ -91,21 +91,16 @@ struct KeyTiles[STAGES: Int, THREADS: Int](ImplicitlyCopyable):
 
     @always_inline
     def commit(self):
-        """Ends a tile's copies; also where there were none, so that tiles can be counted.
-        """
+        """Ends a tile's copies."""
         inlined_assembly[
             "cp.async.commit_group;", NoneType, constraints="~{memory}"
         ]()
 
     @always_inline
     def wait(self):
-        """Waits until all but the last `STAGES - 2` tiles' copies of this thread are done.
-        """
-        comptime AHEAD = String(Self.STAGES - 2)
+        """Waits until all copies of this thread are done."""
         inlined_assembly[
-            "cp.async.wait_group " + AHEAD + ";",
-            NoneType,
-            constraints="~{memory}",
+            "cp.async.wait_group 0;", NoneType, constraints="~{memory}"
         ]()
 
 
